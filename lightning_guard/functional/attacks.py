@@ -1,0 +1,225 @@
+"""Threat models and the gradient attacks that train against them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    r"""What an attacker may do to an input: move it by at most ``eps`` in ``norm`` and stay within ``bounds``.
+
+    All lengths are in the user's units, before normalisation: with ``mean`` and ``std`` the network sees
+    :math:`x = (r - \mu) / \sigma` and the attacker moves :math:`r`, so 8/255 stays 8/255.
+
+    Args:
+        eps: radius, in input units before normalisation.
+        norm: ``"linf"`` (each feature by at most ``eps``) or ``"l2"`` (Euclidean over all features of an example).
+        bounds: lowest and highest valid value, in input units before normalisation; None leaves the range open.
+        mean: subtracted before the network, one number or one a channel (dimension 1).
+        std: divided by before the network, one number or one a channel (dimension 1).
+        mutable: indices along dimension 1 that the attacker may change; None is all of them.
+
+    Raises:
+        ValueError: for values that describe no threat, naming the option.
+
+    | case                            | result                                        |
+    |---------------------------------|-----------------------------------------------|
+    | ``eps=0``                       | only the input itself                         |
+    | an input outside ``bounds``     | ``check`` raises and says by how much         |
+    | ``mutable=()``                  | only the input itself                         |
+
+    Example:
+        >>> threat = ThreatModel(eps=0.5, bounds=(0.0, 1.0))
+        >>> threat.project(torch.tensor([[2.0, 0.2]]), torch.tensor([[0.7, 0.9]]))
+        tensor([[1.0000, 0.4000]])
+    """
+
+    eps: float
+    norm: Norm = "linf"
+    bounds: tuple[float, float] | None = None
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
+    mutable: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"eps={self.eps} is no radius; give a finite number of at least 0, in input units")
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm={self.norm!r} is not known; give 'linf' or 'l2'")
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+            raise ValueError(f"bounds={self.bounds} hold nothing; give (lowest, highest), e.g. (0.0, 1.0)")
+        for std in [] if self.std is None else [self.std] if isinstance(self.std, float | int) else self.std:
+            if not std > 0:
+                raise ValueError(f"std={self.std} must be positive; give what the inputs were divided by")
+
+    def scale(self, x: Tensor) -> Tensor:
+        """How far the network's input moves for one unit of the user's: ``1 / std``, 0 where immutable."""
+        scale = 1 / _per_channel(self.std, x, 1.0)
+        if self.mutable is None:
+            return scale
+        allowed = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
+        allowed[list(self.mutable)] = 1
+        return scale * allowed.reshape(1, -1, *[1] * (x.dim() - 2))
+
+    def limits(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The bounds as the network sees them."""
+        if self.bounds is None:
+            return None, None
+        mean, std = _per_channel(self.mean, x, 0.0), _per_channel(self.std, x, 1.0)
+        return (self.bounds[0] - mean) / std, (self.bounds[1] - mean) / std
+
+    def check(self, x: Tensor, tolerance: float = 1e-4) -> None:
+        """Raise if ``x`` itself lies outside the bounds: then ``bounds``, ``mean`` or ``std`` are wrong."""
+        low, high = self.limits(x)
+        if low is None or high is None:
+            return
+        excess = torch.maximum((low - x).max(), (x - high).max()).item()
+        if not excess <= tolerance:
+            raise ValueError(
+                f"inputs range over [{x.min().item():.4g}, {x.max().item():.4g}], outside bounds={self.bounds}"
+                f"{'' if self.mean is None and self.std is None else ' after normalisation'}; "
+                "give the bounds of the inputs, and mean and std if they are normalised"
+            )
+
+    def project(self, moved: Tensor, x: Tensor) -> Tensor:
+        """The point of the threat model around ``x`` nearest to ``moved``; both ``(N, ...)`` as the network sees them."""
+        if self.norm == "linf":
+            return moved.clamp(*self._box(x))
+        scale = self.scale(x)
+        delta = torch.where(scale > 0, (moved - x) / scale.clamp_min(1e-30), 0)
+        length = delta.flatten(1).norm(dim=1).clamp_min(1e-30)
+        factor = (self.eps / length).clamp_max(1).reshape(-1, *[1] * (x.dim() - 1))
+        return (x + delta * factor * scale).clamp(*self.limits(x)) if self.bounds else x + delta * factor * scale
+
+    def contains(self, moved: Tensor, x: Tensor, tolerance: float = 1e-5) -> Tensor:
+        """Which of the ``(N,)`` moved examples lie inside the threat model around ``x``, up to ``tolerance``."""
+        scale = self.scale(x)
+        delta = torch.where(scale > 0, (moved - x) / scale.clamp_min(1e-30), 0).flatten(1)
+        length = delta.abs().amax(1) if self.norm == "linf" else delta.norm(dim=1)
+        still = torch.where(scale > 0, torch.zeros_like(x), moved - x).flatten(1).abs().amax(1) == 0
+        inside = (length <= self.eps + tolerance) & still
+        low, high = self.limits(x)
+        if low is not None and high is not None:
+            inside &= ((moved >= low - tolerance) & (moved <= high + tolerance)).flatten(1).all(1)
+        return inside
+
+    def _box(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        radius = self.eps * self.scale(x)
+        lower, upper = x - radius, x + radius
+        low, high = self.limits(x)
+        return (lower, upper) if low is None else (torch.maximum(lower, low), torch.minimum(upper, high))
+
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A point drawn uniformly from the ball around ``x``, then brought within the bounds."""
+        if self.norm == "linf":
+            noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator).mul_(2).sub_(1)
+            return self.project(x + noise * (self.eps * self.scale(x)), x)
+        scale = self.scale(x)
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) * (scale > 0)
+        free = int((scale > 0).expand_as(x[:1]).sum())
+        radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator) ** (1 / max(free, 1))
+        length = noise.flatten(1).norm(dim=1).clamp_min(1e-30)
+        factor = (self.eps * radius / length).reshape(-1, *[1] * (x.dim() - 1))
+        return self.project(x + noise * factor * scale, x)
+
+
+def pgd(
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    threat: ThreatModel,
+    steps: int = 7,
+    step_size: float | None = None,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Projected gradient ascent on the loss within the threat model (Madry et al., 2018).
+
+    :math:`x_{t+1} = \Pi(x_t + \alpha \cdot \mathrm{sign}\, \nabla_x \ell(x_t))` for ``linf``; the gradient divided by
+    its Euclidean length takes the place of its sign for ``l2``. The gradient is taken with respect to the input
+    alone: no parameter's ``.grad`` is touched, and the weight half of the backward pass is never computed.
+
+    Args:
+        loss: maps inputs ``(N, ...)`` to losses ``(N,)`` or their **sum** (a mean underflows in half precision). The
+            loss of an example must depend on that example alone.
+        x: inputs ``(N, ...)`` as the network sees them.
+        threat: what the attacker may do.
+        steps: gradient steps; 0 gives ``x``, or the random start.
+        step_size: :math:`\alpha`, in input units before normalisation; None is ``min(2.5 / steps, 1.25) * eps``, and
+            ``eps`` for a single step from ``x`` itself.
+        random_start: begin at a point drawn uniformly from the threat model.
+        generator: where the random start is drawn from.
+
+    Returns:
+        Adversarial inputs ``(N, ...)``, detached.
+
+    | case                       | result                                               |
+    |----------------------------|------------------------------------------------------|
+    | ``eps=0``                  | ``x``, and ``loss`` is not called                    |
+    | an example of zero gradient | it stays where it is in that step                   |
+    | ``x`` of no rows           | ``x``                                                |
+
+    Reference:
+        Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, arXiv:1706.06083.
+
+    Example:
+        >>> x = torch.tensor([[0.5, 0.5]])
+        >>> pgd(lambda x: x[:, 0] - x[:, 1], x, ThreatModel(eps=0.1), random_start=False)
+        tensor([[0.6000, 0.4000]])
+    """
+    if steps < 0:
+        raise ValueError(f"steps={steps} is no number of gradient steps; give at least 0")
+    x = x.detach()
+    if threat.eps == 0 or not len(x):
+        return x
+    if step_size is None:
+        step_size = threat.eps * (min(2.5 / max(steps, 1), 1.25) if steps != 1 or random_start else 1.0)
+    scale = threat.scale(x)
+    box = threat._box(x) if threat.norm == "linf" else None
+    moved = threat.draw(x, generator) if random_start else x
+    for _ in range(steps):
+        moved = moved.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(moved).sum(), moved)
+        with torch.no_grad():
+            if box is not None:
+                moved = (moved + gradient.sign() * (step_size * scale)).clamp_(*box)
+            else:
+                gradient = gradient * scale
+                length = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, *[1] * (x.dim() - 1))
+                moved = threat.project(moved + gradient / length * (step_size * scale), x)
+    return moved.detach()
+
+
+def fgsm(
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    threat: ThreatModel,
+    step_size: float | None = None,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One signed gradient step: PGD with ``steps=1`` (Goodfellow et al., 2015; from a random start Wong et al., 2020).
+
+    Training on it is cheap and may suddenly fail (catastrophic overfitting, Wong et al., 2020): watch accuracy under
+    a stronger attack.
+
+    Example:
+        >>> fgsm(lambda x: x.sum(1), torch.zeros(1, 2), ThreatModel(eps=0.1), random_start=False)
+        tensor([[0.1000, 0.1000]])
+    """
+    return pgd(loss, x, threat, 1, step_size, random_start, generator)
+
+
+def _per_channel(value: float | Sequence[float] | None, x: Tensor, default: float) -> Tensor:
+    values = torch.as_tensor(default if value is None else value, dtype=x.dtype, device=x.device)
+    if values.dim() == 0:
+        return values
+    if x.dim() < 2 or len(values) != x.shape[1]:
+        raise ValueError(f"{len(values)} values of mean or std for inputs of shape {tuple(x.shape)}; give one a channel")
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))

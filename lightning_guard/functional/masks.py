@@ -1,0 +1,112 @@
+"""Which weights to keep, and when."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["global", "layer"]
+
+
+def cubic_sparsity(progress: float, final: float, initial: float = 0.0) -> float:
+    r"""Sparsity of a gradual schedule, :math:`s_f + (s_i - s_f)(1 - t)^3` (Zhu and Gupta, 2017).
+
+    It prunes fast while many weights are redundant and slowly at the end.
+
+    Args:
+        progress: :math:`t`, the fraction of the schedule that has passed; values outside [0, 1] are clamped.
+        final: sparsity at the end, as a fraction of the weights.
+        initial: sparsity at the beginning.
+
+    Reference:
+        Zhu and Gupta, To Prune, or Not to Prune, 2017, arXiv:1710.01878.
+
+    Example:
+        >>> [round(cubic_sparsity(t, final=0.8), 3) for t in (0.0, 0.5, 1.0)]
+        [0.0, 0.7, 0.8]
+    """
+    t = min(max(progress, 0.0), 1.0)
+    return final + (initial - final) * (1 - t) ** 3
+
+
+def magnitude_masks(
+    weights: Mapping[str, Tensor],
+    sparsity: float,
+    scope: Scope = "global",
+    masks: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Masks that drop exactly ``round(sparsity * n)`` of ``n`` weights, smallest magnitude first.
+
+    Args:
+        weights: tensors of any shape by name.
+        sparsity: fraction of weights to drop, in [0, 1).
+        scope: ``"global"`` compares all weights with one another, so layers end up with different sparsities;
+            ``"layer"`` drops the same fraction of each tensor.
+        masks: earlier masks; what they drop stays dropped, so sparsity never falls.
+
+    Returns:
+        Boolean masks of the weights' shapes, True where a weight is kept.
+
+    Raises:
+        ValueError: if ``sparsity`` is outside [0, 1) or ``scope`` is unknown.
+
+    | case                                 | result                                              |
+    |--------------------------------------|-----------------------------------------------------|
+    | ``sparsity=0``                       | everything that ``masks`` keep                      |
+    | equal magnitudes at the threshold    | still the exact count; the earlier position goes first |
+    | ``masks`` drop more than ``sparsity`` | ``masks``                                           |
+    | NaN                                  | counts as the largest magnitude, so it stays visible |
+
+    Example:
+        >>> magnitude_masks({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([0.5, 2.0])}, sparsity=0.5)
+        {'a': tensor([False,  True]), 'b': tensor([False,  True])}
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} is no fraction of weights to drop; give a number in [0, 1)")
+    if scope == "layer":
+        return {name: _drop_smallest({name: weight}, sparsity, masks)[name] for name, weight in weights.items()}
+    if scope != "global":
+        raise ValueError(f"scope={scope!r} is not known; give 'global' or 'layer'")
+    return _drop_smallest(weights, sparsity, masks)
+
+
+def _drop_smallest(
+    weights: Mapping[str, Tensor], sparsity: float, masks: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    scores = []
+    for name, weight in weights.items():
+        score = weight.detach().abs().float().flatten().nan_to_num(nan=float("inf"))
+        if masks is not None:
+            score = score.masked_fill(~masks[name].flatten(), -1.0)  # below every magnitude: dropped first
+        scores.append(score)
+    if not scores:
+        return {}
+    merged = torch.cat(scores)
+    kept = torch.ones_like(merged, dtype=torch.bool)
+    dropped = max(round(sparsity * len(merged)), int((merged < 0).sum()))
+    kept[merged.argsort(stable=True)[:dropped]] = False
+    parts = kept.split([score.numel() for score in scores])
+    return {name: part.reshape(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """A boolean tensor as bytes of eight bits each, to be stored at an eighth of its size.
+
+    Example:
+        >>> pack_mask(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`pack_mask`.
+
+    Example:
+        >>> unpack_mask(pack_mask(torch.tensor([True, False, True])), (3,))
+        tensor([ True, False,  True])
+    """
+    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten()[: torch.Size(shape).numel()].reshape(shape).bool()
