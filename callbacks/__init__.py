@@ -1,0 +1,10 @@
+"""The safeguards, one module each; `slots` types them for recipes."""
+
+if __name__ != "lightning_guard.callbacks":  # a second copy of every class would not be the same class
+    raise ImportError("callbacks/ is part of lightning_guard; write `import lightning_guard.callbacks`")
+
+from lightning_guard.callbacks.adversarial_training import AdversarialTraining
+from lightning_guard.callbacks.fairness import FairnessRegularization
+from lightning_guard.callbacks.magnitude_pruning import MagnitudePruning
+
+__all__ = ["AdversarialTraining", "FairnessRegularization", "MagnitudePruning"]

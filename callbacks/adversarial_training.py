@@ -1,0 +1,143 @@
+"""Adversarial training as a guard."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_guard.functional import ThreatModel, pgd, stream
+from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait
+
+
+class AdversarialTraining(Guard):
+    r"""Trains on the worst input within reach of an attacker instead of the input itself (Madry et al., 2018).
+
+    .. math:: \min_\theta \; \mathbb{E} \max_{\|\delta\| \le \epsilon} \ell(f_\theta(x + \delta), y)
+
+    The inner maximum is found by projected gradient ascent. It climbs the loss of each example by input gradients
+    only: no ``.grad`` is touched, so gradient accumulation stays exact, and BatchNorm, Dropout, metrics and logs see
+    the training pass alone. Your ``training_step`` receives the attacked batch and is not changed.
+
+    Logs ``guard/adversarial_training/attack_loss``, the mean cross-entropy where the attack took its last gradient,
+    in nats.
+
+    Args:
+        eps: radius of the attack in input units before normalisation; 0 switches the guard off.
+        norm: ``linf`` or ``l2``.
+        method: ``pgd`` climbs for ``steps``; ``fgsm`` is a single step.
+        steps: gradient steps of ``pgd``; each costs about two thirds of a training step.
+        step_size: length of a step in input units; None is ``min(2.5 / steps, 1.25) * eps``.
+        random_start: begin at a random point of the threat model.
+        bounds: lowest and highest valid input before normalisation, e.g. ``[0, 1]`` for images.
+        mean: subtracted from inputs before the network, one number or one a channel.
+        std: divided by before the network, one number or one a channel.
+        mutable: indices along dimension 1 that the attacker may change; None is all.
+        seed: of the random starts; None takes the seed of the run.
+        batch: how a batch is read, if the defaults do not fit.
+
+    | case                                     | result                                               |
+    |------------------------------------------|------------------------------------------------------|
+    | ``eps=0``                                | training is bit-identical to training without the guard |
+    | inputs outside ``bounds``                | refused on the first batch, with their range         |
+    | inputs that are not floating point       | refused on the first batch                           |
+    | ``training_step`` returns None           | the batch is skipped, as without the guard           |
+
+    Raises:
+        GuardConflict: before training or on its first batch, if the promise cannot be kept.
+
+    Reference:
+        Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, arXiv:1706.06083.
+        Single step: Wong, Rice and Kolter, Fast is better than free, ICLR 2020, arXiv:2001.03994.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> trainer = pl.Trainer(callbacks=[AdversarialTraining(eps=8 / 255, bounds=(0.0, 1.0))], logger=False)
+    """
+
+    name: ClassVar[str] = "adversarial_training"
+    phase: ClassVar[Phase] = Phase.BATCH
+    traits: ClassVar[frozenset[Trait] | None] = frozenset()
+
+    def __init__(
+        self,
+        eps: float,
+        norm: Literal["linf", "l2"] = "linf",
+        method: Literal["pgd", "fgsm"] = "pgd",
+        steps: int = 7,
+        step_size: float | None = None,
+        random_start: bool = True,
+        bounds: tuple[float, float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        mutable: Sequence[int] | None = None,
+        seed: int | None = None,
+        batch: Batch | None = None,
+    ):
+        self.threat = ThreatModel(eps, norm, bounds, mean, std, mutable)
+        if method not in ("pgd", "fgsm"):
+            raise ValueError(f"method={method!r} is not known; give 'pgd' or 'fgsm'")
+        if steps < 1:
+            raise ValueError(f"steps={steps} makes no attack; give at least 1, or switch the guard off with eps=0")
+        if step_size is not None and not step_size > 0:
+            raise ValueError(f"step_size={step_size} never moves; give a positive length in input units, or None")
+        self.method, self.steps, self.step_size = method, 1 if method == "fgsm" else steps, step_size
+        self.random_start, self.seed, self.batch = random_start, seed, batch
+        self._seed: int | None = None
+        self._checked = False
+
+    def options(self) -> dict[str, Any]:
+        return {**asdict(self.threat), **super().options()}
+
+    def problems(self, run: Run) -> Iterable[str]:
+        if self.threat.eps and run.trainer.precision in ("16-mixed", "16-true") and self.threat.norm == "l2":
+            yield (
+                "norm='l2' squares input gradients, which underflow at precision='16-mixed'; "
+                "use 'bf16-mixed' or norm='linf'"
+            )
+
+    def begin(self, run: Run) -> None:
+        if self._seed is None:  # nothing was restored
+            self._seed = torch.initial_seed() if self.seed is None else self.seed
+        self._checked = False
+
+    def on_batch(self, step: Step) -> Any:
+        if self.threat.eps == 0:
+            return step.batch
+        assert self._seed is not None
+        x, y = step.inputs, step.target
+        if not self._checked:
+            self._check(x)
+            self._checked = True
+        generator = stream(self._seed, step.index, step.run.rank, device=x.device)
+
+        losses = x.new_zeros(1)
+
+        def loss(moved: Tensor) -> Tensor:
+            nonlocal losses
+            losses = step.losses(step.forward(moved), y)
+            return losses
+
+        with step.probe():
+            attacked = pgd(loss, x, self.threat, self.steps, self.step_size, self.random_start, generator)
+        self.report(step.module, attack_loss=losses.detach().mean())
+        return step.with_inputs(attacked)
+
+    def state(self) -> dict[str, Any]:
+        return {"seed": self._seed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._seed = state["seed"]
+
+    def _check(self, x: Any) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+            raise GuardConflict(
+                [f"{self.name}: the inputs are a {kind}, and an attack by gradients needs a floating-point tensor; "
+                 "say where it is with Batch(inputs=...)"]
+            )  # fmt: skip
+        try:
+            self.threat.check(x)
+        except ValueError as error:
+            raise GuardConflict([f"{self.name}: {error}"]) from None

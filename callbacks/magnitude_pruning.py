@@ -1,0 +1,208 @@
+"""Gradual magnitude pruning as a guard."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_guard.functional import cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
+from lightning_guard.guard import Guard, GuardConflict, Phase, Run, Trait
+
+_PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class MagnitudePruning(Guard):
+    r"""Sets the smallest weights to zero and keeps them there, to an exact sparsity (Zhu and Gupta, 2017).
+
+    The fraction dropped grows with the optimizer's steps, :math:`s_t = s (1 - (1 - t)^3)`, from ``start`` to ``end``.
+    Weights are masked right after every optimizer step, so no momentum or weight decay revives them and whoever looks
+    at the model between steps (validation, checkpoints, averaging) sees it sparse. What a checkpoint stores and what
+    is left after training is masked too, averaged weights included. Masks live outside the module: ``state_dict``
+    keys do not change.
+
+    Zeros make a model compressible, not small or fast by themselves: measure the file that you ship.
+
+    Logs ``guard/magnitude_pruning/sparsity``, the fraction of prunable weights that is masked.
+
+    Args:
+        sparsity: fraction of the prunable weights to drop in the end, in [0, 1); 0 switches the guard off.
+        scope: ``global`` compares all weights, ``layer`` drops the same fraction of each layer.
+        start: when to begin, as a fraction of training (float) or in optimizer steps (int).
+        end: when the final sparsity is reached, as a fraction of training (float) or in optimizer steps (int).
+        every: optimizer steps between two updates of the masks.
+        targets: names or patterns (``*``) of modules to prune; None is every Linear and convolution.
+        ignore: names or patterns (``*``) of modules to leave alone.
+
+    | case                                    | result                                              |
+    |-----------------------------------------|-----------------------------------------------------|
+    | ``sparsity=0``                          | training is bit-identical to training without the guard |
+    | a pattern that matches nothing          | refused, with the names that there are              |
+    | training ends before ``end``            | the final sparsity is not reached: refused if it can be known, else a warning at the end |
+    | norms, biases, embeddings               | never pruned                                        |
+    | weights that are frozen                 | left alone: nothing could recover from their loss   |
+    | a weight shared by two modules          | masked once                                         |
+
+    Raises:
+        GuardConflict: before training, if the promise cannot be kept.
+
+    Reference:
+        Zhu and Gupta, To Prune, or Not to Prune, 2017, arXiv:1710.01878.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> trainer = pl.Trainer(callbacks=[MagnitudePruning(sparsity=0.9, ignore=["head"])], logger=False)
+    """
+
+    name: ClassVar[str] = "magnitude_pruning"
+    phase: ClassVar[Phase] = Phase.WEIGHTS
+    traits: ClassVar[frozenset[Trait] | None] = frozenset({Trait.POST_PROCESSING})
+
+    def __init__(
+        self,
+        sparsity: float = 0.8,
+        scope: Literal["global", "layer"] = "global",
+        start: int | float = 0.0,
+        end: int | float = 0.5,
+        every: int = 10,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] = (),
+    ):
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity={sparsity} is no fraction of weights to drop; give a number in [0, 1)")
+        if scope not in ("global", "layer"):
+            raise ValueError(f"scope={scope!r} is not known; give 'global' or 'layer'")
+        for option, value in (("start", start), ("end", end)):
+            if value < 0 or (isinstance(value, float) and value > 1):
+                raise ValueError(f"{option}={value} is no time; give a fraction in [0.0, 1.0] or a number of steps")
+        if type(start) is type(end) and start > end:
+            raise ValueError(f"start={start} comes after end={end}; give an earlier start")
+        if every < 1:
+            raise ValueError(f"every={every} never updates the masks; give at least 1 optimizer step")
+        self.sparsity, self.scope = sparsity, scope
+        self.start, self.end, self.every = start, end, every
+        self.targets, self.ignore = targets, ignore
+        self.reached = 0.0  # fraction of the prunable weights that is masked now
+        self._steps = 0
+        self._window: tuple[int, int] | None = None
+        self._run: Run | None = None
+        self._weights: dict[str, nn.Parameter] = {}
+        self._dropped: dict[str, Tensor] = {}
+        self._packed: Mapping[str, Tensor] | None = None  # restored, not yet on the weights' device
+
+    def problems(self, run: Run) -> Iterable[str]:
+        endless = run.trainer.max_epochs == -1 and run.trainer.max_steps == -1
+        if self.sparsity and endless and (isinstance(self.start, float) or isinstance(self.end, float)):
+            yield (
+                f"start={self.start} and end={self.end} are fractions of a training without end; "
+                "set max_epochs or max_steps on the Trainer, or give optimizer steps"
+            )
+        if isinstance(self.end, int) and 0 <= run.trainer.max_steps < self.end:
+            yield (
+                f"end={self.end} comes after the last optimizer step, max_steps={run.trainer.max_steps}, so "
+                f"sparsity={self.sparsity} is never reached; train longer or give an earlier end"
+            )
+
+    def begin(self, run: Run) -> None:
+        self._run, self._window = run, None
+        self._weights = self._select(run.module) if self.sparsity else {}
+        if self._packed is not None:
+            if set(self._packed) != set(self._weights):
+                raise GuardConflict(
+                    [f"{self.name}: the checkpoint masks {', '.join(self._packed)}, but the weights to prune are now "
+                     f"{', '.join(self._weights)}; resume with the same model, targets and ignore"]
+                )  # fmt: skip
+            self._dropped = {
+                name: unpack_mask(self._packed[name], weight.shape).to(weight.device)
+                for name, weight in self._weights.items()
+            }
+            self._packed = None
+        else:
+            self._steps, self.reached = 0, 0.0
+            self._dropped = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self._weights.items()}
+
+    def _select(self, module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _PRUNABLE)}
+        for option, patterns in (("targets", self.targets or ()), ("ignore", self.ignore)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in layers):
+                    raise GuardConflict(
+                        [f"{self.name}: {option}={pattern!r} matches nothing that can be pruned; "
+                         f"there are {', '.join(layers) or 'no Linear and no convolution'}"]
+                    )  # fmt: skip
+        weights, seen = {}, set()
+        for name, layer in layers.items():
+            wanted = self.targets is None or any(fnmatchcase(name, pattern) for pattern in self.targets)
+            if not wanted or any(fnmatchcase(name, pattern) for pattern in self.ignore):
+                continue
+            own = layer.named_parameters(recurse=False)
+            for key, weight in own:
+                if "bias" not in key and weight.requires_grad and weight not in seen:
+                    seen.add(weight)
+                    weights[f"{name}.{key}".lstrip(".")] = weight
+        if not weights:
+            raise GuardConflict([f"{self.name}: no trainable weight of a Linear or convolution is left to prune"])
+        return weights
+
+    def on_weights(self, optimizer: Optimizer) -> None:
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if id(next(iter(self._weights.values()), None)) in owned:  # several optimizers: the first one keeps time
+            self._steps += 1
+            self._update()
+        for name, weight in self._weights.items():
+            if id(weight) not in owned or not self.reached:
+                continue
+            weight.masked_fill_(self._dropped[name], 0)
+            for moment in ("momentum_buffer", "exp_avg"):  # or it would push the weight at once; second moments stay
+                buffer = optimizer.state[weight].get(moment)
+                if buffer is not None:
+                    buffer.masked_fill_(self._dropped[name], 0)
+
+    def _update(self) -> None:
+        assert self._run is not None
+        if self._window is None:
+            total = self._run.total_steps if isinstance(self.start, float) or isinstance(self.end, float) else 0
+            start, end = (round(t * total) if isinstance(t, float) else t for t in (self.start, self.end))
+            self._window = start, max(end, start, 1)
+        start, end = self._window
+        due = self._steps == end or (start < self._steps < end and (self._steps - start) % self.every == 0)
+        if not due:
+            return
+        progress = 1.0 if self._steps == end else (self._steps - start) / (end - start)
+        kept = {name: ~dropped for name, dropped in self._dropped.items()}
+        masks = magnitude_masks(self._weights, cubic_sparsity(progress, self.sparsity), self.scope, kept)
+        self._dropped = {name: ~mask for name, mask in masks.items()}
+        count = sum(int(dropped.sum()) for dropped in self._dropped.values())
+        self.reached = count / sum(dropped.numel() for dropped in self._dropped.values())
+        for name, weight in self._weights.items():
+            weight.masked_fill_(self._dropped[name], 0)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.report(pl_module, sparsity=self.reached)
+
+    def on_checkpoint(self, weights: dict[str, Tensor]) -> None:
+        for name, dropped in self._dropped.items():
+            if name in weights:
+                weights[name] = weights[name].masked_fill(dropped.to(weights[name].device), 0)
+
+    @torch.no_grad()
+    def release(self, module: pl.LightningModule) -> None:
+        for name, weight in self._weights.items():
+            weight.masked_fill_(self._dropped[name].to(weight.device), 0)  # an average may have been put in its place
+        if self._steps and self._window is not None and self._steps < self._window[1]:
+            rank_zero_warn(
+                f"{self.name}: training ended at optimizer step {self._steps}, before end={self._window[1]}: "
+                f"sparsity is {self.reached:.3f}, not {self.sparsity}. Train longer, or give an earlier end."
+            )
+        self._run, self._weights = None, {}
+
+    def state(self) -> dict[str, Any]:
+        packed = {name: pack_mask(dropped.cpu()) for name, dropped in self._dropped.items()}
+        return {"steps": self._steps, "reached": self.reached, "dropped": packed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._steps, self.reached, self._packed = state["steps"], state["reached"], state["dropped"]

@@ -1,0 +1,424 @@
+"""The contract between a safeguard and the run it guards."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from inspect import signature
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_guard.batch import Batch
+
+__all__ = ["Batch", "Guard", "GuardConflict", "Phase", "Run", "Step", "Trait"]
+
+
+class Phase(IntEnum):
+    """Where on a step's way a guard acts. Guards act in this order, whatever the order of the callbacks."""
+
+    REWRITE, LOADER, BATCH, LOSS, GRADIENTS, WEIGHTS = range(6)
+
+
+class Trait(StrEnum):
+    """What a guard does that matters to others; `composition` judges by it."""
+
+    COUPLES_EXAMPLES = "couples_examples"  # what one example contributes depends on other examples
+    REMEMBERS_DATA = "remembers_data"  # keeps what it computed from training data outside the gradient
+    POST_PROCESSING = "post_processing"  # computes from the weights alone
+    BOUNDS_EXAMPLES = "bounds_examples"  # bounds what any single example can contribute, as privacy needs
+
+
+class GuardConflict(ValueError):
+    """These guards cannot keep their promises in this run; the message gives every reason and remedy at once."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__(self.problems)  # the argument, so that it pickles across processes
+
+    def __str__(self) -> str:
+        count = f"{len(self.problems)} reasons" if len(self.problems) > 1 else "one reason"
+        return "\n  - ".join([f"the guards cannot keep their promises here, for {count}:", *self.problems])
+
+
+@dataclass
+class Run:
+    """One fit, validation, test or prediction as its guards see it."""
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    guards: Sequence["Guard"]
+    batch: Batch = field(default_factory=Batch)
+    steps: int = 0  # training steps (micro-batches) begun since the start of training, resumed ones counted
+    _metrics: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        """The index of this process among all that train."""
+        return int(self.trainer.global_rank)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training; raises where it has no end."""
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise GuardConflict(
+                ["a schedule in fractions of training needs an end; set max_epochs or max_steps on the Trainer, "
+                 "or give the guard's schedule in optimizer steps"]
+            )  # fmt: skip
+        return int(total)
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Logits for inputs: from the mixin, from the submodule that ``Batch.logits`` names, or from ``forward``."""
+        output = self.module.guard_forward(inputs) if hasattr(self.module, "guard_forward") else None
+        if output is None:
+            output = self.module.get_submodule(self.batch.logits or "")(inputs)
+        logits = logits_in(output)
+        if logits is None:
+            raise GuardConflict(
+                [f"{type(self.module).__name__}.forward returns {type(output).__name__}, which holds no logits; name the "
+                 "submodule that gives them with Batch(logits=...), or say it with GuardMixin.guard_forward"]
+            )  # fmt: skip
+        return logits
+
+
+class Step:
+    """One training step as its guards see it: the batch going in, the loss coming out."""
+
+    def __init__(self, run: Run, batch: Any):
+        self.run = run
+        self.module = run.module
+        self.index = run.steps
+        self.batch = batch  # as the guards so far have made it
+        self.output: Any = None  # what training_step returned
+        self.loss: Tensor | None = None
+        self.probing = False
+        self.forwards: list[Any] = []  # what the step's own forward passes returned
+        self._group = None
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs as the guards so far have made them."""
+        return self._read("inputs")
+
+    @property
+    def target(self) -> Any:
+        """The target of each example."""
+        return self._read("target")
+
+    @property
+    def group(self) -> Tensor:
+        """The group of each example, whole numbers ``(N,)``; -1 where unknown (negative or NaN)."""
+        group = self._read("group")
+        if group.dim() == 2 and group.shape[1] == 1:
+            group = group[:, 0]
+        if group.dim() != 1:
+            raise GuardConflict(
+                [f"the group has shape {tuple(group.shape)}; give one whole number an example, and for several attributes "
+                 "number their combinations"]
+            )  # fmt: skip
+        if group.is_floating_point():
+            if not bool((group.isnan() | (group == group.round())).all()):
+                raise GuardConflict(
+                    ["the group holds fractions, so it is not a group; give whole numbers, and say where they are "
+                     "with Batch(group=...)"]
+                )  # fmt: skip
+            group = torch.nan_to_num(group, nan=-1.0).long()
+        return group
+
+    def _read(self, part: str) -> Any:
+        try:
+            return self.run.batch.read(self.batch, part)
+        except KeyError as error:
+            raise GuardConflict([error.args[0]]) from None
+
+    def with_inputs(self, inputs: Any) -> Any:
+        """The batch with other inputs, for a guard to return."""
+        return self.run.batch.with_inputs(self.batch, inputs)
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits that this very step trains on, with their graph.
+
+        Taken from the mixin's ``guard_logits``, else from ``logits`` or ``preds`` in what ``training_step`` returned,
+        else from the one forward pass that the step made; never from a second pass or a probe.
+        """
+        said = self.module.guard_logits(self.output) if hasattr(self.module, "guard_logits") else None
+        if said is not None:
+            return said
+        if isinstance(self.output, Mapping):
+            for key in ("logits", "preds"):
+                value = self.output.get(key)
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return value
+        found = [logits for logits in map(logits_in, self.forwards) if logits is not None]
+        if len(found) == 1:
+            return found[0]
+        where = f"submodule {self.run.batch.logits!r}" if self.run.batch.logits else type(self.module).__name__
+        problem = "was called and returned no logits" if self.forwards else "was not called"
+        problem = f"gave logits {len(found)} times" if found else problem
+        raise GuardConflict(
+            [f"{where} {problem} in training_step, so its logits are not known; name the submodule that gives them with "
+             "Batch(logits=...), return {'loss': ..., 'logits': ...} from training_step, or say it with "
+             "GuardMixin.guard_logits"]
+        )  # fmt: skip
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Logits for inputs of a guard's own making; inside :meth:`probe`, or they count as the step's."""
+        return self.run.forward(inputs)
+
+    def losses(self, logits: Tensor, target: Any) -> Tensor:
+        """The loss of each example ``(N,)``: the mixin's, or cross-entropy by the shape of the logits."""
+        from lightning_guard.functional import example_losses
+
+        said = self.module.guard_losses(logits, target) if hasattr(self.module, "guard_losses") else None
+        return example_losses(logits, target) if said is None else said
+
+    @contextmanager
+    def probe(self) -> Iterator[None]:
+        """For extra passes that leave no trace on training.
+
+        Nothing is logged and no metric counts; BatchNorm, Dropout and whatever else asks ``training`` stand still;
+        other guards are paused; the global random generators are put back. Take gradients with
+        ``torch.autograd.grad``, so that no ``.grad`` is touched.
+        """
+        with ExitStack() as undo:
+            undo.enter_context(still(self.module, self.run._metrics))
+            for guard in self.run.guards:
+                undo.enter_context(guard.paused())
+            was, self.probing = self.probing, True
+            undo.callback(setattr, self, "probing", was)
+            yield
+
+
+class Guard(pl.Callback):
+    """A safeguard: a Lightning callback that changes a run at its own place. Override the transforms it needs.
+
+    Every transform returns what it was given, or does nothing, unless it has something to change. The places are::
+
+        rewrite(module)        the model, before weights are loaded and optimizers are made; must be idempotent
+        on_loader(loader)      the training data loader
+        on_batch(step)         the batch the model trains on
+        on_loss(step)          the loss
+        on_gradients(module)   the gradients, right after each backward pass
+        on_weights(optimizer)  the weights, right after the optimizer's step
+        on_checkpoint(weights) the weights as a checkpoint is about to store them
+        release(module)        the finished model, as one would ship it
+
+    On the way in guards act in the order of their ``phase``, on the way out (loss, gradients, weights, release) in
+    reverse; equals act in the order of their names, so the order of the callbacks never matters.
+
+    Attributes:
+        name: one word for slot, metric prefix, checkpoint key and recipe section.
+        phase: where it acts.
+        traits: what it does that matters to others; None (undeclared) is taken for the worst.
+        needs_group: it reads ``step.group``.
+        needs_logits: it reads ``step.logits``.
+        batch: how a batch is read, if the defaults do not fit.
+    """
+
+    name: ClassVar[str] = ""
+    phase: ClassVar[Phase] = Phase.LOSS
+    traits: ClassVar[frozenset[Trait] | None] = None
+    needs_group: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+    batch: Batch | None = None
+    _pipeline: Any = None  # held by one guard of a run, for all of them
+
+    # What a guard says and does -------------------------------------------------------------------------------
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Why this guard cannot keep its promise in this run, each naming option, value and remedy."""
+        return ()
+
+    def begin(self, run: Run) -> None:
+        """Training is about to start: model, optimizers and the guard's restored state are there."""
+
+    def rewrite(self, module: pl.LightningModule) -> None:
+        """Change the model's structure, idempotently: this runs before every stage."""
+
+    def on_loader(self, loader: Any) -> Any:
+        """The training data loader, or another in its place."""
+        return loader
+
+    def on_batch(self, step: Step) -> Any:
+        """The batch to train on."""
+        return step.batch
+
+    def on_loss(self, step: Step) -> Tensor:
+        """The loss to differentiate."""
+        assert step.loss is not None
+        return step.loss
+
+    def on_gradients(self, module: pl.LightningModule) -> None:
+        """Change gradients in place; loggers and clipping see only the result."""
+
+    def on_weights(self, optimizer: Optimizer) -> None:
+        """Change the weights in place that this optimizer has just stepped; gradients are off."""
+
+    def on_checkpoint(self, weights: dict[str, Tensor]) -> None:
+        """Replace entries of a state dict about to be stored; its tensors are the model's own, so never in place."""
+
+    def release(self, module: pl.LightningModule) -> None:
+        """Leave the model as one would ship it; runs after a fit that ended well."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand aside while another guard makes passes of its own."""
+        yield
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs: numbers, strings and tensors only, so that it loads with ``weights_only=True``."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+
+    def report(self, module: pl.LightningModule, **figures: float | Tensor) -> None:
+        """Log figures as ``guard/<name>/<figure>``, averaged over an epoch's steps, for loggers and EarlyStopping."""
+        for figure, value in figures.items():
+            # batch_size=1: a figure of the step, not of its examples.
+            module.log(f"guard/{self.name}/{figure}", value, on_step=False, on_epoch=True, batch_size=1)
+
+    @property
+    def promise(self) -> str:
+        """The first line of the docstring."""
+        return (type(self).__doc__ or "").strip().split("\n")[0]
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, for the record of a comparison; an option without an attribute is left out."""
+        names = signature(type(self).__init__).parameters
+        return {name: getattr(self, name) for name in names if name != "self" and hasattr(self, name)}
+
+    @classmethod
+    def overrides(cls, transform: str) -> bool:
+        """Whether this guard has a transform of its own."""
+        return getattr(cls, transform) is not getattr(Guard, transform)
+
+    # Lightning's side; the pipeline does the work ----------------------------------------------------------------
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for hook in ("setup", "teardown", "on_exception", "on_fit_start", "on_load_checkpoint"):
+            if hook in vars(cls):
+                instead = {"setup": "begin", "on_fit_start": "begin", "on_load_checkpoint": "restore"}.get(hook, "release")
+                raise TypeError(f"{cls.__name__} overrides {hook}, which installs the guards; override {instead} instead")
+        if not cls.name.isidentifier() and not cls.__name__.startswith("_"):
+            raise TypeError(f"{cls.__name__}.name={cls.name!r} must be one word, like a variable's name")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from lightning_guard.pipeline import Pipeline  # the contract must not depend on what runs it
+
+        guards = sorted((c for c in trainer.callbacks if isinstance(c, Guard)), key=lambda g: (g.phase, g.name))
+        if guards[0] is self:
+            self._pipeline = Pipeline(trainer, pl_module, guards)
+            self._pipeline.install(stage)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._pipeline is not None:
+            self._pipeline.restore(checkpoint)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._pipeline is not None:
+            self._pipeline.begin()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._pipeline is not None:
+            pipeline, self._pipeline = self._pipeline, None
+            pipeline.close(finished=stage == "fit")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Lightning skips teardown when training fails (Lightning-AI/pytorch-lightning#19594).
+        if self._pipeline is not None:
+            pipeline, self._pipeline = self._pipeline, None
+            pipeline.close(finished=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_pipeline"}
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """The logits in what a forward pass returned: itself, or its ``logits``."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 0 else None
+
+
+@contextmanager
+def still(module: nn.Module, metrics: Sequence[nn.Module]) -> Iterator[None]:
+    """Passes through ``module`` inside this block log nothing, count in no metric and change no buffer or generator."""
+    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+    # cuDNN refuses a backward pass through a recurrent layer in eval mode; its dropout is stilled by hand.
+    recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase) and devices]
+    training = [m for m in module.modules() if m.training and not (devices and isinstance(m, nn.RNNBase))]
+    with ExitStack() as undo:
+        undo.enter_context(torch.random.fork_rng(devices))
+        for layer in training:
+            undo.callback(setattr, layer, "training", True)
+            layer.training = False
+        for layer in recurrent:
+            undo.callback(setattr, layer, "dropout", layer.dropout)
+            layer.dropout = 0.0
+        for metric in metrics:
+            undo.callback(metric.__dict__.update, _metric_state(metric))
+        for method in ("log", "log_dict"):
+            if hasattr(module, method):
+                swap(undo, module, method, lambda old: lambda *args, **kwargs: None)
+        yield
+
+
+def _metric_state(metric: Any) -> dict[str, Any]:
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+
+    kept = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
+    return {key: copied(getattr(metric, key)) for key in kept}
+
+
+def swap(undo: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace ``owner.name`` by ``make(old)`` until ``undo`` closes; then ``vars(owner)`` is as it was.
+
+    If somebody wraps our replacement in the meantime, ours stays beneath theirs and merely passes calls through.
+    """
+    shadowed, old = name in vars(owner), getattr(owner, name)
+    standin = StandIn(owner, name, old, make(old))
+
+    def restore() -> None:
+        standin.call = old
+        if vars(owner).get(name) is standin:
+            if shadowed:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+    undo.callback(restore)
+    setattr(owner, name, standin)
+
+
+class StandIn:
+    """A callable in the place of a method; copies and pickles of its owner get the method itself."""
+
+    def __init__(self, owner: Any, name: str, old: Callable[..., Any], call: Callable[..., Any]):
+        self.owner, self.name, self.call = owner, name, call
+        if hasattr(call, "__wrapped__"):
+            # Lightning unwraps one level to read a step's signature, and unwraps to see whether a hook is overridden.
+            self.__wrapped__ = getattr(old, "__wrapped__", old)
+        self.__code__ = StandIn.__call__.__code__  # without __wrapped__: counts as overridden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self.owner), self.owner)
+        return getattr(type(owner), self.name).__get__(owner)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+

@@ -1,0 +1,329 @@
+"""Checks, installs, runs and undoes the guards of one run. The only room that touches what is not its own."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pytorch_lightning as pl
+import torch
+import torchmetrics
+from torch import Tensor
+
+from lightning_guard.batch import Batch
+from lightning_guard.composition import judge
+from lightning_guard.guard import Guard, GuardConflict, Run, Step, swap
+
+SECTION = "lightning_guard"  # of a checkpoint: {"version": 1, "steps": ..., "guards": {name: state}}
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_STEPS = ("validation_step", "test_step", "predict_step")
+
+_current: "WeakKeyDictionary[pl.LightningModule, Pipeline]" = WeakKeyDictionary()
+
+
+def current(module: pl.LightningModule) -> "Pipeline | None":
+    """The pipeline that guards this module's training just now."""
+    return _current.get(module)
+
+
+class Pipeline(Run):
+    """The guards of one run in the order in which they act, checked, installed and removed as one."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, guards: Sequence[Guard]):
+        super().__init__(trainer, module, guards)
+        self.undo = ExitStack()
+        self.step: Step | None = None  # the step that is running
+        self.manual: Step | None = None  # what a manual training_step asked for
+        self._moved: dict[Any, Any] = {}
+
+    def install(self, stage: str) -> None:
+        """Check everything, then put the transforms in their places.
+
+        Raises:
+            GuardConflict: with every problem of this run.
+        """
+        problems = list(self._problems(stage))
+        if problems:
+            raise GuardConflict(problems)
+        if self._acting("rewrite"):
+            # No `wraps`: Lightning calls configure_model only if it looks overridden.
+            swap(self.undo, self.module, "configure_model", self._rewriting)
+        if self._withholds:
+            for name in _STEPS:
+                if getattr(type(self.module), name, None) is not getattr(pl.LightningModule, name):
+                    swap(self.undo, self.module, name, self._withholding)
+        if stage != "fit":
+            return
+        _current[self.module] = self
+        self.undo.callback(_current.pop, self.module, None)
+        strategy = self.trainer.strategy
+        swap(self.undo, strategy, "save_checkpoint", self._saving)
+        if self._acting("on_loader"):
+            swap(self.undo, strategy, "process_dataloader", self._loading)
+        if self._acting("on_batch") or self._acting("on_loss") or self._withholds:
+            swap(self.undo, self.module, "training_step", self._stepping)
+        if self._acting("on_gradients"):
+            # Around the precision plugin, which precedes every on_after_backward: no callback sees raw gradients.
+            swap(self.undo, strategy.precision_plugin, "backward", self._differentiating)
+
+    def begin(self) -> None:
+        """Model and optimizers are there, states are restored."""
+        if self._moved:
+            # LightningCLI builds optimizers before a rewrite (Lightning-AI/pytorch-lightning#19110).
+            for optimizer in self.trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["params"] = [self._moved.get(p, p) for p in group["params"]]
+        self._metrics = [m for m in self.module.modules() if isinstance(m, torchmetrics.Metric)]
+        if any(guard.needs_logits for guard in self.guards):
+            source = self.module.get_submodule(self.batch.logits or "")
+            swap(self.undo, source, "forward", self._recording)
+            if getattr(source, "_compiler_ctx", None):  # a compiled step calls the class's forward, and hooks
+                self.undo.callback(source.register_forward_hook(lambda _, __, output: self._record(output)).remove)
+        for guard in self.guards:
+            guard.begin(self)
+        if self._acting("on_weights"):
+            for optimizer in self.trainer.optimizers:
+                self.undo.callback(optimizer.register_step_post_hook(self._stepped).remove)
+
+    def close(self, finished: bool) -> None:
+        """Put everything back; release the model if training ended well."""
+        with self.undo:
+            if finished:
+                for guard in reversed(self.guards):
+                    guard.release(self.module)
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def _problems(self, stage: str) -> Iterator[str]:
+        names = [guard.name for guard in self.guards]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"{names.count(name)} guards are called {name!r}; keep one, or give a subclass another name"
+        strategy = type(self.trainer.strategy).__name__
+        if strategy not in _STRATEGIES:
+            yield f"strategy={strategy} shards or moves the model in ways no guard is proven with; use one device or 'ddp'"
+        yield from self._agree_on_batch()
+        yield from judge(self)
+        if stage == "fit":
+            yield from self._cannot_step()
+        for guard in self.guards:
+            for problem in guard.problems(self) if stage == "fit" else ():
+                yield f"{guard.name}: {problem}"
+
+    def _agree_on_batch(self) -> Iterator[str]:
+        said = {guard.name: guard.batch for guard in self.guards if guard.batch is not None}
+        own = getattr(self.module, "guard_batch", None)
+        if own is not None:
+            said[type(self.module).__name__] = own
+        if len(set(said.values())) > 1:
+            who = "; ".join(f"{name}: {batch}" for name, batch in said.items())
+            yield f"the batch is read in different ways ({who}); state it once"
+        self.batch = next(iter(said.values()), Batch())
+        if self.batch.logits is not None:
+            names = dict(self.module.named_modules())
+            if self.batch.logits not in names and not self._configures_model:
+                yield (
+                    f"Batch(logits={self.batch.logits!r}) names no submodule of {type(self.module).__name__}; "
+                    f"it has {', '.join(name for name in names if name)}"
+                )
+
+    @property
+    def _configures_model(self) -> bool:
+        return getattr(type(self.module), "configure_model", None) is not pl.LightningModule.configure_model
+
+    def _cannot_step(self) -> Iterator[str]:
+        steppers = [g.name for g in self.guards if g.overrides("on_batch") or g.overrides("on_loss")]
+        if not steppers:
+            return
+        name = type(self.module).__name__
+        if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
+            yield (
+                f"{', '.join(steppers)}: {name}.training_step takes dataloader_iter and fetches its own batches; take "
+                "(batch, batch_idx) instead"
+            )
+        if not self.module.automatic_optimization and not hasattr(self.module, "guard_step"):
+            yield (
+                f"{', '.join(steppers)}: {name} optimises manually and keeps batch and loss to itself; inherit "
+                "GuardMixin and call self.guard_step in training_step, or set automatic_optimization=True"
+            )
+
+    def _acting(self, transform: str) -> list[Guard]:
+        return [guard for guard in self.guards if guard.overrides(transform)]
+
+    @property
+    def _withholds(self) -> bool:
+        return self.batch.withhold_group and any(guard.needs_group for guard in self.guards)
+
+    # Places -----------------------------------------------------------------------------------------------------
+
+    def _rewriting(self, old: Callable[[], None]) -> Callable[[], None]:
+        def configure_model() -> None:
+            old()
+            before = dict(self.module.named_parameters())
+            for guard in self._acting("rewrite"):
+                guard.rewrite(self.module)
+            after = dict(self.module.named_parameters())
+            moved = {p: after[name] for name, p in before.items() if name in after and after[name] is not p}
+            self._moved.update(moved)
+
+        return configure_model
+
+    def _loading(self, old: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def process_dataloader(loader: Any) -> Any:
+            loader = old(loader)
+            for guard in self._acting("on_loader") if self.trainer.training else ():
+                loader = guard.on_loader(loader)
+            return loader
+
+        return process_dataloader
+
+    def _withholding(self, old: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(old)
+        def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            return old(self.batch.without_group(batch), *args, **kwargs)
+
+        return step
+
+    def _stepping(self, old: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(old)
+        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.module.automatic_optimization:
+                return self._step_manually(old, batch, args, kwargs)
+            with self._one_step(batch) as step:
+                for guard in self._acting("on_batch"):
+                    step.batch = guard.on_batch(step)
+                given = self.batch.without_group(step.batch) if self._withholds else step.batch
+                try:
+                    step.output = old(given, *args, **kwargs)
+                except (ValueError, KeyError, IndexError) as error:
+                    if given is not step.batch:
+                        error.add_note(
+                            "Lightning Guard withheld the group from this batch; if training_step expects it, "
+                            "say so with Batch(withhold_group=False)"
+                        )
+                    raise
+                return self._with_loss(step)
+
+        return training_step
+
+    @contextmanager
+    def _one_step(self, batch: Any) -> Iterator[Step]:
+        self.step = Step(self, batch)
+        try:
+            yield self.step
+        finally:
+            self.step = None
+            self.steps += 1
+
+    def _with_loss(self, step: Step) -> Any:
+        output = step.output
+        step.loss = output.get("loss") if isinstance(output, Mapping) else output
+        if step.loss is None:  # Lightning skips this batch, and so do the guards
+            return output
+        before = step.loss
+        for guard in reversed(self._acting("on_loss")):
+            step.loss = guard.on_loss(step)
+        if step.loss is before:
+            return output
+        return {**output, "loss": step.loss} if isinstance(output, Mapping) else step.loss
+
+    def _step_manually(self, old: Callable[..., Any], batch: Any, args: Any, kwargs: Any) -> Any:
+        self.manual = None
+        with self._one_step(batch):
+            output = old(batch, *args, **kwargs)
+        if self.manual is None or (self.manual.loss is None and self._acting("on_loss")):
+            missing = "guard_step" if self.manual is None else "guard_loss"
+            raise GuardConflict(
+                [f"{type(self.module).__name__}.training_step optimises manually and never called self.{missing}, so "
+                 f"{', '.join(g.name for g in self.guards)} did not act; see GuardMixin"]
+            )  # fmt: skip
+        return output
+
+    def take_manual_step(self, batch: Any) -> Step:
+        """What ``GuardMixin.guard_step`` gives: the running step with its batch transformed."""
+        step = self.step if self.step is not None else Step(self, batch)
+        step.batch, self.manual = batch, step
+        for guard in self._acting("on_batch"):
+            step.batch = guard.on_batch(step)
+        return step
+
+    def take_manual_loss(self, step: Step, loss: Tensor, logits: Tensor | None) -> Tensor:
+        """What ``GuardMixin.guard_loss`` gives: the loss transformed."""
+        step.loss, step.output = loss, {"logits": logits}
+        for guard in reversed(self._acting("on_loss")):
+            step.loss = guard.on_loss(step)
+        return step.loss
+
+    def _recording(self, old: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(old)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = old(*args, **kwargs)
+            self._record(output)
+            return output
+
+        return forward
+
+    def _record(self, output: Any) -> None:
+        if self.step is not None and not self.step.probing and all(known is not output for known in self.step.forwards):
+            self.step.forwards.append(output)
+
+    def _differentiating(self, old: Callable[..., None]) -> Callable[..., None]:
+        @wraps(old)
+        def backward(*args: Any, **kwargs: Any) -> None:
+            old(*args, **kwargs)
+            with torch.no_grad():
+                for guard in reversed(self._acting("on_gradients")):
+                    guard.on_gradients(self.module)
+
+        return backward
+
+    @torch.no_grad()
+    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for guard in reversed(self._acting("on_weights")):
+            guard.on_weights(optimizer)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def _saving(self, old: Callable[..., None]) -> Callable[..., None]:
+        @wraps(old)
+        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            # At the last moment: after averaging callbacks have put their weights in, and for weights-only files too.
+            for guard in reversed(self._acting("on_checkpoint")):
+                guard.on_checkpoint(checkpoint["state_dict"])
+            states = {guard.name: guard.state() for guard in self.guards}
+            checkpoint[SECTION] = {"version": 1, "steps": self.steps, "guards": states}
+            old(checkpoint, *args, **kwargs)
+
+        return save_checkpoint
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take up a guarded training where its checkpoint left it.
+
+        Raises:
+            GuardConflict: if a guard of the checkpoint is not here.
+        """
+        section = checkpoint.get(SECTION)
+        if section is None:
+            return
+        problems = list(missing_guards(section, [guard.name for guard in self.guards]))
+        if problems:
+            raise GuardConflict(problems)
+        self.steps = section["steps"]
+        for guard in self.guards:
+            if guard.name in section["guards"]:
+                guard.restore(section["guards"][guard.name])
+
+
+def missing_guards(section: Mapping[str, Any], present: Iterable[str]) -> Iterator[str]:
+    """Why training may not resume from a checkpoint with this section and these guards."""
+    present = set(present)
+    if section["version"] != 1:
+        yield f"the checkpoint has guard format {section['version']}, this version reads 1; use the version that wrote it"
+        return
+    for name in section["guards"]:
+        if name not in present:
+            yield (
+                f"the checkpoint was trained with {name}, which is not here, so its promise would end unnoticed; add it, "
+                "or start a new training from the weights alone (load_from_checkpoint)"
+            )
