@@ -1,0 +1,31 @@
+"""The table that puts every guard through the same tests. A guard of ours without a row fails `test_every_guard`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.guard import Guard
+
+
+@dataclass(frozen=True)
+class Row:
+    """The smallest form of a guard that acts on `tests.toys`, and its neutral form that must not."""
+
+    on: Callable[[], Guard]
+    off: Callable[[], Guard]
+
+
+GUARDS: dict[type[Guard], Row] = {
+    AdversarialTraining: Row(
+        on=lambda: AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0)),
+        off=lambda: AdversarialTraining(eps=0.0),
+    ),
+    FairnessRegularization: Row(
+        on=lambda: FairnessRegularization(weight=1.0),
+        off=lambda: FairnessRegularization(weight=0.0),
+    ),
+    MagnitudePruning: Row(
+        on=lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
+        off=lambda: MagnitudePruning(sparsity=0.0),
+    ),
+}
