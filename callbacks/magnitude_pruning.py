@@ -13,7 +13,10 @@ from torch.optim import Optimizer
 from lightning_guard.functional import cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
 from lightning_guard.guard import Guard, GuardConflict, Phase, Run, Trait
 
-_PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PRUNABLE = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.MultiheadAttention,
+)  # fmt: skip
 
 
 class MagnitudePruning(Guard):
@@ -35,7 +38,7 @@ class MagnitudePruning(Guard):
         start: when to begin, as a fraction of training (float) or in optimizer steps (int).
         end: when the final sparsity is reached, as a fraction of training (float) or in optimizer steps (int).
         every: optimizer steps between two updates of the masks.
-        targets: names or patterns (``*``) of modules to prune; None is every Linear and convolution.
+        targets: names or patterns (``*``) of modules to prune; None is every Linear, convolution and attention projection.
         ignore: names or patterns (``*``) of modules to leave alone.
 
     | case                                    | result                                              |
@@ -109,6 +112,12 @@ class MagnitudePruning(Guard):
 
     def begin(self, run: Run) -> None:
         self._run, self._window = run, None
+        timed = isinstance(self.start, float) or isinstance(self.end, float)
+        if self.sparsity and timed and len(run.trainer.optimizers) > 1:
+            raise GuardConflict(
+                [f"{self.name}: start={self.start} and end={self.end} are fractions of training, which several optimizers "
+                 "may step at different times; give them in optimizer steps of the one that trains the first layer"]
+            )  # fmt: skip
         self._weights = self._select(run.module) if self.sparsity else {}
         if self._packed is not None:
             if set(self._packed) != set(self._weights):
