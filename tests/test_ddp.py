@@ -1,0 +1,100 @@
+"""What holds on one process holds on two: gloo on the processor, every guard of the table in one start."""
+
+import os
+import socket
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.multiprocessing as mp
+
+from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
+from tests.guards import GUARDS
+from tests.toys import Net, PlainNet, Rows, fit, loader
+
+
+class Steady(PlainNet):
+    """Without dropout and batch statistics, two halves of a batch give the gradient of the whole."""
+
+    def __init__(self):
+        super().__init__(norm=False)
+        self.net[2].p = 0.0
+
+
+EXACT = {
+    "adversarial_training": lambda: AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0), random_start=False),
+    "fairness": lambda: FairnessRegularization(weight=1.0),
+    "equalized_odds": lambda: FairnessRegularization("equalized_odds", weight=1.0, memory=0.5),
+    "magnitude_pruning": lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
+}
+
+
+class Starts(pl.Callback):
+    """Keeps the batches that a rank trained on after the attack."""
+
+    def __init__(self):
+        self.seen = []
+
+    def setup(self, trainer, module, stage):
+        own = module.training_step
+
+        def training_step(batch, batch_idx):
+            self.seen.append(batch[0].clone())
+            return own(batch, batch_idx)
+
+        module.training_step = training_step
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1"
+    )
+    torch.set_num_threads(1)
+    two = {"strategy": "ddp", "devices": 2}
+    found = {}
+    rows = Rows()
+    shares = torch.utils.data.DistributedSampler(rows, num_replicas=2, rank=rank, shuffle=False)  # else Lightning shuffles
+    for name, guard in EXACT.items():
+        found[name] = fit([guard()], Steady, torch.utils.data.DataLoader(rows, 8, sampler=shares), **two).state_dict()
+    for guard, row in GUARDS.items():  # as users have it: dropout, batch norm, shuffling, a step that unpacks two
+        found["on " + guard.name] = fit([row.on()], Net if guard.needs_group else PlainNet, **two).state_dict()
+        found["off " + guard.name] = fit([row.off()], **two).state_dict()
+    found["all"] = fit([row.on() for row in GUARDS.values()], **two).state_dict()
+    found["none"] = fit(**two).state_dict()
+    starts = Starts()
+    same_rows = torch.utils.data.TensorDataset(torch.full((16, 6), 0.5), torch.zeros(16, dtype=torch.long))
+    fit([starts, AdversarialTraining(eps=0.1, steps=1, step_size=1e-9)], data=torch.utils.data.DataLoader(same_rows, 8), **two)
+    found["start"] = {"start": starts.seen[0]}
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_equal_one_on_the_union(ranks, name):
+    one = fit([EXACT[name]()], Steady, loader(batch_size=16, shuffle=False)).state_dict()
+    for key, value in ranks[0][name].items():
+        torch.testing.assert_close(value, one[key], rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_agree_and_off_means_off(ranks):
+    parameters = [name for name, _ in PlainNet().named_parameters()]
+    for name in ranks[0]:
+        if name != "start":
+            assert all(torch.equal(ranks[0][name][key], ranks[1][name][key]) for key in ranks[0][name] if key in parameters), name
+    for guard in GUARDS:
+        for key in parameters:
+            assert torch.equal(ranks[0]["off " + guard.name][key], ranks[0]["none"][key])
+        assert any(not torch.equal(ranks[0]["on " + guard.name][key], ranks[0]["none"][key]) for key in parameters)
+
+
+def test_ranks_draw_different_random_starts(ranks):
+    assert not torch.equal(ranks[0]["start"]["start"], ranks[1]["start"]["start"])
