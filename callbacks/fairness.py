@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_guard.functional import NOTIONS, Notion, positive_scores, rate_gaps, rate_sums
@@ -39,6 +41,7 @@ class FairnessRegularization(Guard):
     | fewer than two groups seen so far       | no penalty                                         |
     | group unknown (negative or NaN)         | the example counts for the task loss only          |
     | several processes                       | the rates of the union of their batches            |
+    | a constant predictor in the end         | a warning: it closes every gap and is of no use    |
 
     Reference:
         Notions: Hardt, Price and Srebro, NeurIPS 2016, arXiv:1610.02413. Hard rates for the decision and a surrogate
@@ -58,7 +61,7 @@ class FairnessRegularization(Guard):
     def __init__(
         self,
         notion: Notion = "demographic_parity",
-        weight: float = 0.5,
+        weight: float = 0.2,
         steepness: float = 3.0,
         memory: float = 0.9,
         batch: Batch | None = None,
@@ -97,6 +100,14 @@ class FairnessRegularization(Guard):
         # Value of the running rate, gradient of the batch's.
         rates = self._sums / self._counts.clamp_min(torch.finfo(torch.float32).tiny) + (soft - soft.detach())
         return step.loss + self.weight * rate_gaps(rates, (self._counts > 0).to(rates)).sum()
+
+    def release(self, module: pl.LightningModule) -> None:
+        rates = (self._sums / self._counts)[self._counts > 0]
+        if self.weight and len(rates) and bool(((rates < 0.005) | (rates > 0.995)).all()):
+            rank_zero_warn(
+                f"{self.name}: the model predicts the same for nearly everybody, which closes every gap and is of no use; "
+                f"lower weight={self.weight}"
+            )
 
     def state(self) -> dict[str, Any]:
         return {"sums": self._sums.cpu(), "counts": self._counts.cpu()}

@@ -116,6 +116,11 @@ def test_one_group_only_is_no_penalty():
     assert same(fit([FairnessRegularization(weight=1.0)], Logit, data(group=one)), fit([FairnessRegularization(weight=0.0)], Logit, data()))
 
 
+def test_a_constant_predictor_is_said_to_be_one():
+    with pytest.warns(UserWarning, match="the same for nearly everybody"):
+        fit([FairnessRegularization("equalized_odds", weight=50.0)], Logit, data(), max_epochs=12)
+
+
 def test_a_group_that_is_no_group_is_refused():
     with pytest.raises(GuardConflict, match="fractions"):
         fit([FairnessRegularization()], Logit, data(group=torch.rand(2000)))

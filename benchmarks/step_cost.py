@@ -1,0 +1,140 @@
+"""What guards cost a step: against loops written by hand and against plain Lightning, in one process, interleaved.
+
+    python benchmarks/step_cost.py [--repeats 9] [--steps 30] [--batch-size 128]
+
+Prints processor time of one thread a step and ratios as median [min, max] over the repeats; each repeat runs all
+variants in turn, and a ratio is taken within its repeat, so a machine whose speed drifts does not decide it.
+"""
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+
+from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.data import FashionMNISTData
+from lightning_guard.functional import ThreatModel
+from lightning_guard.models import SmallCNN
+
+EPS, STEPS = 0.1, 7
+
+
+class Clock(pl.Callback):
+    """Processor time of the training loop after a warm-up of five steps."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 5:
+            self.began = time.process_time()
+
+    def on_train_end(self, trainer, module):
+        self.per_step = (time.process_time() - self.began) / (trainer.global_step - 5)
+
+
+def batches(n, batch_size):
+    data = FashionMNISTData(batch_size=batch_size)
+    data.setup("fit")
+    found = []
+    while len(found) < n:
+        found += [tuple(part[:2]) for part in data.train_dataloader()]
+    return found[:n]
+
+
+class Listed(torch.utils.data.Dataset):
+    """Batches made before the clock runs."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __len__(self):
+        return len(self.made)
+
+    def __getitem__(self, i):
+        return self.made[i]
+
+
+def by_lightning(made, callbacks):
+    clock = Clock()
+    trainer = pl.Trainer(
+        max_epochs=1, callbacks=[*callbacks, clock], logger=False, enable_checkpointing=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    pl.seed_everything(0, verbose=False)
+    trainer.fit(SmallCNN(), torch.utils.data.DataLoader(Listed(made), batch_size=None))
+    return clock.per_step
+
+
+def by_hand(made, attack):
+    torch.manual_seed(0)
+    model = SmallCNN()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    alpha = 2.5 * EPS / STEPS
+    for i, (x, y) in enumerate(made):
+        if i == 5:
+            began = time.process_time()
+        if attack:
+            model.eval()
+            low, high = (x - EPS).clamp_min(0), (x + EPS).clamp_max(1)
+            moved = (x + EPS * (2 * torch.rand_like(x) - 1)).clamp(low, high)
+            for _ in range(STEPS):
+                moved = moved.detach().requires_grad_()
+                (g,) = torch.autograd.grad(F.cross_entropy(model(moved), y, reduction="sum"), moved)
+                with torch.no_grad():
+                    moved = (moved + alpha * g.sign()).clamp_(low, high)
+            x = moved.detach()
+            model.train()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return (time.process_time() - began) / (len(made) - 5)
+
+
+def idle():
+    return [AdversarialTraining(eps=0.0), MagnitudePruning(sparsity=0.0)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9, help="rounds over all variants")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of a variant in a round")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    made = batches(options.steps + 5, options.batch_size)
+    grouped = [(x, y, y % 2) for x, y in made]
+    variants = {
+        "hand-written standard step": lambda: by_hand(made, attack=False),
+        "hand-written PGD-7": lambda: by_hand(made, attack=True),
+        "Lightning standard step": lambda: by_lightning(made, []),
+        "idle guards": lambda: by_lightning(made, idle()),
+        "AdversarialTraining PGD-7": lambda: by_lightning(made, [AdversarialTraining(EPS, bounds=(0.0, 1.0))]),
+        "AdversarialTraining FGSM": lambda: by_lightning(made, [AdversarialTraining(EPS, method="fgsm", bounds=(0.0, 1.0))]),
+        "FairnessRegularization": lambda: by_lightning(grouped, [FairnessRegularization()]),
+        "MagnitudePruning": lambda: by_lightning(made, [MagnitudePruning(0.8, start=0, end=options.steps, every=10)]),
+    }
+    seconds = {name: [] for name in variants}
+    for _ in range(options.repeats):
+        for name, run in variants.items():
+            seconds[name].append(run())
+    print(f"{'':34}{'ms a step':>10}    ratio, median [min, max]")
+    compared = {
+        "AdversarialTraining PGD-7": ["hand-written PGD-7", "Lightning standard step"],
+        "hand-written PGD-7": ["hand-written standard step"],
+    }
+    for name in variants:
+        against = compared.get(name, [] if "hand" in name or name == "Lightning standard step" else ["Lightning standard step"])
+        ratios = []
+        for other in against:
+            values = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
+            ratios.append(f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}] of {other}")
+        print(f"{name:34}{1000 * statistics.median(seconds[name]):10.2f}    {'; '.join(ratios)}")
+
+
+if __name__ == "__main__":
+    main()
