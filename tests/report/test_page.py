@@ -1,5 +1,6 @@
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -7,12 +8,13 @@ from lightning_guard.report import document as documents
 from lightning_guard.report import drawing, html, marks, summary
 from tests.report.example import HOSTILE, comparison
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-ALLOWED = set(
-    "html head meta title style body header nav main section article footer div p span strong small bdi wbr time h1 h2 "
-    "h3 h4 ul li dl dt dd a table caption thead tbody tr th td figure figcaption code "
-    "svg g path defs clippath rect use text".split()
-)
+VOID = {"meta", "wbr"}
+ALLOWED = VOID | {
+    *("html", "head", "title", "style", "body", "header", "nav", "main", "section", "article", "footer", "div", "p"),
+    *("span", "strong", "small", "bdi", "time", "h1", "h2", "h3", "h4", "ul", "li", "dl", "dt", "dd", "a", "code"),
+    *("table", "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption"),
+    *("svg", "g", "path", "defs", "clippath", "rect", "use", "text"),
+}
 
 
 class Page(HTMLParser):
@@ -27,7 +29,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes), len(attributes)))
-        if tag not in VOID | {"wbr"}:
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -81,8 +83,8 @@ def check(text):
         {"arms": 1, "seeds": 1, "curves": False, "bars": False},
         {"arms": 1, "seeds": 3},
         {"arms": 2, "seeds": 1},
-        {"arms": 6, "seeds": 2},
-        {"arms": 9, "seeds": 1, "curves": False, "bars": False},
+        {"arms": 6, "seeds": 2, "bars": False},
+        {"arms": 8, "seeds": 1, "curves": False},
     ],
 )
 def test_pages_of_every_shape(shape):
@@ -90,9 +92,7 @@ def test_pages_of_every_shape(shape):
     words = " ".join(read.words)
     assert ("Distance from the baseline" in words) == (shape["arms"] > 1)
     assert ("Under attack" in words) == shape.get("curves", True)
-    # Every arm has a column in every table, so that no row is short.
-    cells = len(read.having("td")) - len(read.having("table")[-1:]) * words.count("SHA-256") * 0
-    assert cells >= 5 * shape["arms"]
+    assert len([cell for cell in read.having("td") if "data-arm" in cell]) == 5 * shape["arms"]
 
 
 def test_hostile_names_are_shown_and_do_nothing():
@@ -100,7 +100,7 @@ def test_hostile_names_are_shown_and_do_nothing():
     results["title"] = HOSTILE[0] + "</title>"
     results["limits"] += HOSTILE
     results["provenance"]["command"] = HOSTILE[1]
-    results["provenance"]["recipes"] = {name: "0" * 64 for name in HOSTILE}
+    results["provenance"]["recipes"] = dict.fromkeys(HOSTILE, "0" * 64)
     for key, name in zip(results["figures"], HOSTILE, strict=False):
         results["figures"][key] |= {"label": name, "about": name, "unit": name, "headline": True}
     results["figures"]["odd/one"] = {"axis": HOSTILE[1], "label": "x", "unit": "", "better": None, "about": ""}
@@ -131,7 +131,7 @@ def test_values_that_cannot_be_estimated():
     assert "n/a" in words
     assert "1 of 2 seeds" in words
     assert "Without a value in arm-0" in words
-    assert "nan" not in words.lower().replace("guarded, and", "")
+    assert not re.search(r"\b(nan|None)\b", words)
 
 
 def test_curves_and_bars_without_any_value_are_not_drawn():
@@ -206,25 +206,27 @@ def test_intervals_over_the_test_set_are_kept_apart_from_seeds():
 def test_the_user_s_matplotlib_settings_neither_matter_nor_change():
     import matplotlib
 
-    plain = page(comparison(arms=2, seeds=1))
+    plain = page(comparison(arms=1, seeds=1))
     with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
         before = dict(matplotlib.rcParams)
-        assert page(comparison(arms=2, seeds=1)) == plain
+        assert page(comparison(arms=1, seeds=1)) == plain
         assert dict(matplotlib.rcParams) == before
 
 
 def test_large_curves_stay_small():
-    results = comparison(arms=4, seeds=3, bars=False)
-    x = [i / 20_000 for i in range(20_000)]
+    results = comparison(arms=1, seeds=2, bars=False)
+    x = [i / 2_000 for i in range(2_000)]
     for run in results["runs"]:
-        run["curves"]["robustness/eps"] = {"x": x, "y": [(i * 7919 % 1000) / 1000 for i in range(20_000)]}
-    assert len(check(page(results)).having("svg")) and len(page(results).encode()) < 500_000
+        run["curves"]["robustness/eps"] = {"x": x, "y": [(i * 7919 % 1000) / 1000 for i in range(2_000)]}
+    text = page(results)
+    check(text)
+    assert len(text.encode()) < 60_000
 
 
 def test_labels_keep_their_distance_and_order():
     placed = drawing.spread([50.0, 50.0, 49.0, 10.0], 12.0, 0.0, 55.0)
     ordered = sorted(placed)
-    assert all(b - a >= 12.0 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(b - a >= 12.0 for a, b in pairwise(ordered))
     assert placed[3] == 10.0
     assert max(placed) <= 55.0
 

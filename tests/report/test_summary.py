@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_guard.report import document as documents
@@ -17,6 +17,7 @@ def summary(results):
     return {(entry["figure"], entry["arm"]): entry for entry in summarise(prepared)}
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     table=st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=6), better=st.sampled_from(["higher", "lower", None])
 )
@@ -59,6 +60,7 @@ def test_statistics_are_those_of_numpy(table, better):
     assert paired["word"] == expected
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-1, 1), max_size=6))
 def test_turning_the_direction_turns_the_word(differences):
     turned = {"better": "worse", "worse": "better"}

@@ -1,0 +1,76 @@
+"""The report as Markdown, for a pull request or a model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_guard.report import view
+from lightning_guard.report.summary import baseline
+from lightning_guard.report.verdict import verdicts, warning
+
+# Everything that begins markup, HTML, or a link; an underscore inside a word begins nothing.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~#]|&(?=#?\w+;)|:(?=//)|(?<!\w)_|_(?!\w)")
+
+
+def text(document: Mapping[str, Any]) -> str:
+    """Returns ``report.md``: the same verdicts and tables as the page, without its drawings."""
+    lines = [f"# {plain(document['title'])}", "", plain(view.opening(document)), ""]
+    lines += [f"> **Note.** {plain(check)}\n" for check in document["checks"]]
+    lines += ["## Verdict", ""]
+    for verdict in verdicts(document):
+        lines.append(f"- **{plain(verdict.arm)}**: {plain(' '.join(verdict.promises))}")
+        for heading, _, items in verdict.findings:
+            lines.append(f"  - {plain(heading)}: {plain('; '.join(map(str, items)))}")
+        lines.append(f"  - {plain(verdict.tally)}")
+    lines += ["", plain(warning(document)), ""]
+    for section in view.sections(document):
+        if section.rows:
+            lines += [f"## {plain(section.title)}", "", *_axis(section, document), ""]
+            lines += [f"- {plain(row.label)}: {plain(row.about)}" for row in section.rows if row.about]
+            lines.append("")
+    lines += ["## Arms", ""]
+    for arm in document["arms"]:
+        lines.append(f"- **{plain(arm['name'])}**" + (" (baseline)" if arm["baseline"] else ""))
+        for guard in arm["guards"]:
+            options = ", ".join(f"{name} = {view.option(value)}" for name, value in sorted(guard["options"].items()))
+            lines.append(f"  - {plain(guard['name'])}: {plain(options or 'defaults')}")
+    lines += ["", "## Provenance", ""]
+    lines += _table(("", ""), [(label, value) for label, value, _ in view.provenance(document)])
+    for heading, lists in (
+        ("Notes from the runs", [f"{note} ({where})" for note, where in view.notes(document)]),
+        ("What this evidence cannot show", document["limits"]),
+    ):
+        if lists:
+            lines += ["", f"## {heading}", "", *(f"- {plain(item)}" for item in lists)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def plain(words: str) -> str:
+    """Returns ``words`` so that Markdown shows them and does nothing else.
+
+    >>> plain("<b>*x*</b> dp_sgd")
+    '\\\\<b\\\\>\\\\*x\\\\*\\\\</b\\\\> dp_sgd'
+    """
+    return _MARKUP.sub(lambda match: "\\" + match[0], words)
+
+
+def _axis(section: view.Section, document: Mapping[str, Any]) -> list[str]:
+    heads = [
+        arm["name"] + (" (baseline)" if arm["baseline"] and baseline(document) else "") for arm in document["arms"]
+    ]
+    rows = []
+    for row in section.rows:
+        cells = [cell.value + (f" ({cell.change}, {cell.word})" if cell.change else "") for cell in row.cells]
+        rows.append((row.label + (f" ({row.direction})" if row.direction else ""), *cells))
+    return _table(("Figure", *heads), rows)
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    heads = tuple(heads)
+    return [_row(heads), "|" + "---|" * len(heads), *map(_row, rows)]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(map(plain, cells)) + " |"
