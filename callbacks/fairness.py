@@ -13,15 +13,16 @@ from lightning_guard.guard import Batch, Guard, Phase, Step, Trait
 
 
 class FairnessRegularization(Guard):
-    r"""Adds the gap between groups to the loss, so that training narrows it.
+    r"""Adds the squared gap between groups to the loss, so that training narrows it.
 
-    .. math:: \ell' = \ell + \lambda \sum_r \Big( \max_g \hat p_{r,g} - \min_g \hat p_{r,g} \Big)
+    .. math:: \ell' = \ell + \lambda \sum_r \Big( \max_g \hat p_{r,g} - \min_g \hat p_{r,g} \Big)^2
 
     with :math:`\hat p_{r,g}` the rate of group :math:`g` (selection rate, true positive rate, ...). The gap of one
     small batch is mostly noise: its absolute value is biased upwards, and pushing it down pushes towards a constant
     predictor. So the **value** of each rate, which says who is ahead, is a running mean of hard rates, the
     thing that is judged in the end; the **gradient** is that of the current batch's rates with the step replaced by
     :math:`\sigma(k z)`. Groups absent from a batch contribute nothing. The attribute is needed in training only.
+    The square lets go as the gap closes; the gap itself would push equally hard to the end and past it.
 
     This penalises the gap; it does not bound it. Read the gap that was reached from ``guard/fairness/gap`` (running,
     hard, on training data, the largest over the rates of the notion; usable by EarlyStopping) and measure it on test
@@ -29,7 +30,7 @@ class FairnessRegularization(Guard):
 
     Args:
         notion: ``demographic_parity``, ``equal_opportunity`` or ``equalized_odds``.
-        weight: :math:`\lambda`, in nats per unit of gap; 0 switches the penalty off and still logs the gap.
+        weight: :math:`\lambda`, in nats per squared gap; 0 switches the penalty off and still logs the gap.
         steepness: :math:`k` of the surrogate.
         memory: fraction of the running counts that a step keeps, in [0, 1); 0 takes each batch by itself.
         batch: how a batch is read, if the defaults do not fit; the group is whole numbers, negative where unknown.
@@ -49,7 +50,7 @@ class FairnessRegularization(Guard):
 
     Example:
         >>> import pytorch_lightning as pl
-        >>> trainer = pl.Trainer(callbacks=[FairnessRegularization(weight=0.5)], logger=False)
+        >>> trainer = pl.Trainer(callbacks=[FairnessRegularization(weight=2.0)], logger=False)
     """
 
     name: ClassVar[str] = "fairness"
@@ -61,7 +62,7 @@ class FairnessRegularization(Guard):
     def __init__(
         self,
         notion: Notion = "demographic_parity",
-        weight: float = 0.2,
+        weight: float = 2.0,
         steepness: float = 3.0,
         memory: float = 0.9,
         batch: Batch | None = None,
@@ -99,7 +100,7 @@ class FairnessRegularization(Guard):
         soft = soft * step.run.trainer.world_size / counts.clamp_min(1)
         # Value of the running rate, gradient of the batch's.
         rates = self._sums / self._counts.clamp_min(torch.finfo(torch.float32).tiny) + (soft - soft.detach())
-        return step.loss + self.weight * rate_gaps(rates, (self._counts > 0).to(rates)).sum()
+        return step.loss + self.weight * rate_gaps(rates, (self._counts > 0).to(rates)).square().sum()
 
     def release(self, module: pl.LightningModule) -> None:
         rates = (self._sums / self._counts)[self._counts > 0]
