@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
 from lightning_guard.data import FashionMNISTData
-from lightning_guard.functional import ThreatModel
 from lightning_guard.models import SmallCNN
 
 EPS, STEPS = 0.1, 7
@@ -114,7 +113,9 @@ def main():
         "Lightning standard step": lambda: by_lightning(made, []),
         "idle guards": lambda: by_lightning(made, idle()),
         "AdversarialTraining PGD-7": lambda: by_lightning(made, [AdversarialTraining(EPS, bounds=(0.0, 1.0))]),
-        "AdversarialTraining FGSM": lambda: by_lightning(made, [AdversarialTraining(EPS, method="fgsm", bounds=(0.0, 1.0))]),
+        "AdversarialTraining FGSM": lambda: by_lightning(
+            made, [AdversarialTraining(EPS, method="fgsm", bounds=(0.0, 1.0))]
+        ),
         "FairnessRegularization": lambda: by_lightning(grouped, [FairnessRegularization()]),
         "MagnitudePruning": lambda: by_lightning(made, [MagnitudePruning(0.8, start=0, end=options.steps, every=10)]),
     }
@@ -128,7 +129,9 @@ def main():
         "hand-written PGD-7": ["hand-written standard step"],
     }
     for name in variants:
-        against = compared.get(name, [] if "hand" in name or name == "Lightning standard step" else ["Lightning standard step"])
+        against = compared.get(
+            name, [] if "hand" in name or name == "Lightning standard step" else ["Lightning standard step"]
+        )
         ratios = []
         for other in against:
             values = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]

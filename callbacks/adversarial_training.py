@@ -134,10 +134,10 @@ class AdversarialTraining(Guard):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
             raise GuardConflict(
-                [f"{self.name}: the inputs are a {kind}, and an attack by gradients needs a floating-point tensor; "
-                 "say where it is with Batch(inputs=...)"]
-            )  # fmt: skip
+                f"{self.name}: the inputs are a {kind}, and an attack by gradients needs a floating-point tensor; "
+                "say where it is with Batch(inputs=...)"
+            )
         try:
             self.threat.check(x)
         except ValueError as error:
-            raise GuardConflict([f"{self.name}: {error}"]) from None
+            raise GuardConflict(f"{self.name}: {error}") from None

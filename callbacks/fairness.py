@@ -106,8 +106,8 @@ class FairnessRegularization(Guard):
         rates = (self._sums / self._counts)[self._counts > 0]
         if self.weight and len(rates) and bool(((rates < 0.005) | (rates > 0.995)).all()):
             rank_zero_warn(
-                f"{self.name}: the model predicts the same for nearly everybody, which closes every gap and is of no use; "
-                f"lower weight={self.weight}"
+                f"{self.name}: the model predicts the same for nearly everybody, which closes every gap and is of no "
+                f"use; lower weight={self.weight}"
             )
 
     def state(self) -> dict[str, Any]:

@@ -38,14 +38,15 @@ class MagnitudePruning(Guard):
         start: when to begin, as a fraction of training (float) or in optimizer steps (int).
         end: when the final sparsity is reached, as a fraction of training (float) or in optimizer steps (int).
         every: optimizer steps between two updates of the masks.
-        targets: names or patterns (``*``) of modules to prune; None is every Linear, convolution and attention projection.
+        targets: names or patterns (``*``) of modules to prune; None is all that can be pruned (Linear, convolution,
+            attention projections).
         ignore: names or patterns (``*``) of modules to leave alone.
 
     | case                                    | result                                              |
     |-----------------------------------------|-----------------------------------------------------|
     | ``sparsity=0``                          | training is bit-identical to training without the guard |
     | a pattern that matches nothing          | refused, with the names that there are              |
-    | training ends before ``end``            | the final sparsity is not reached: refused if it can be known, else a warning at the end |
+    | training ends before ``end``            | refused if it can be known, else a warning at the end |
     | norms, biases, embeddings               | never pruned                                        |
     | weights that are frozen                 | left alone: nothing could recover from their loss   |
     | a weight shared by two modules          | masked once                                         |
@@ -115,16 +116,16 @@ class MagnitudePruning(Guard):
         timed = isinstance(self.start, float) or isinstance(self.end, float)
         if self.sparsity and timed and len(run.trainer.optimizers) > 1:
             raise GuardConflict(
-                [f"{self.name}: start={self.start} and end={self.end} are fractions of training, which several optimizers "
-                 "may step at different times; give them in optimizer steps of the one that trains the first layer"]
-            )  # fmt: skip
+                f"{self.name}: start={self.start} and end={self.end} are fractions of training, which several "
+                "optimizers may step at different times; give them in optimizer steps of the one that trains the first layer"
+            )
         self._weights = self._select(run.module) if self.sparsity else {}
         if self._packed is not None:
             if set(self._packed) != set(self._weights):
                 raise GuardConflict(
-                    [f"{self.name}: the checkpoint masks {', '.join(self._packed)}, but the weights to prune are now "
-                     f"{', '.join(self._weights)}; resume with the same model, targets and ignore"]
-                )  # fmt: skip
+                    f"{self.name}: the checkpoint masks {', '.join(self._packed)}, but the weights to prune are now "
+                    f"{', '.join(self._weights)}; resume with the same model, targets and ignore"
+                )
             self._dropped = {
                 name: unpack_mask(self._packed[name], weight.shape).to(weight.device)
                 for name, weight in self._weights.items()
@@ -140,9 +141,9 @@ class MagnitudePruning(Guard):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in layers):
                     raise GuardConflict(
-                        [f"{self.name}: {option}={pattern!r} matches nothing that can be pruned; "
-                         f"there are {', '.join(layers) or 'no Linear and no convolution'}"]
-                    )  # fmt: skip
+                        f"{self.name}: {option}={pattern!r} matches nothing that can be pruned; "
+                        f"there are {', '.join(layers) or 'no Linear and no convolution'}"
+                    )
         weights, seen = {}, set()
         for name, layer in layers.items():
             wanted = self.targets is None or any(fnmatchcase(name, pattern) for pattern in self.targets)
@@ -154,7 +155,7 @@ class MagnitudePruning(Guard):
                     seen.add(weight)
                     weights[f"{name}.{key}".lstrip(".")] = weight
         if not weights:
-            raise GuardConflict([f"{self.name}: no trainable weight of a Linear or convolution is left to prune"])
+            raise GuardConflict(f"{self.name}: no trainable weight of a Linear or convolution is left to prune")
         return weights
 
     def on_weights(self, optimizer: Optimizer) -> None:

@@ -27,11 +27,15 @@ def slots() -> dict[str, type[Guard]]:
     Raises:
         TypeError: if an entry point is no guard, or its name is not the guard's or is taken.
     """
-    found: dict[str, type[Guard]] = {cls.name: cls for cls in (AdversarialTraining, FairnessRegularization, MagnitudePruning)}
+    found: dict[str, type[Guard]] = {
+        cls.name: cls for cls in (AdversarialTraining, FairnessRegularization, MagnitudePruning)
+    }
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         cls = point.load()
         if not (isinstance(cls, type) and issubclass(cls, Guard)):
-            raise TypeError(f"entry point {point.name} = {point.value} of group {GROUP} is no Guard; remove its package")
+            raise TypeError(
+                f"entry point {point.name} = {point.value} of group {GROUP} is no Guard; remove its package"
+            )
         if cls.name != point.name or (point.name in found and found[point.name] is not cls):
             raise TypeError(
                 f"entry point {point.name} = {point.value} of group {GROUP} must carry the name of its guard "

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lightning_guard.guard import Guard, Run, Trait
+from lightning_guard.guard import Guard, Run, Trait, callbacks_of
 
 
 class Verdict(StrEnum):
@@ -93,7 +93,7 @@ def judge(run: Run) -> Iterator[str]:
     for first, second, rule in findings(run.guards):
         if rule.verdict is Verdict.REFUSED:
             yield f"{first.name} and {second.name}: {rule.reason}; {rule.remedy}"
-    for callback in run.trainer.callbacks:
+    for callback in callbacks_of(run.trainer):
         for rule in RULES:
             if rule.first == "rewrite" and rule.second == type(callback).__name__:
                 for guard in run.guards:

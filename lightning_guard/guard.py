@@ -35,8 +35,8 @@ class Trait(StrEnum):
 class GuardConflict(ValueError):
     """These guards cannot keep their promises in this run; the message gives every reason and remedy at once."""
 
-    def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__(self.problems)  # the argument, so that it pickles across processes
 
     def __str__(self) -> str:
@@ -66,22 +66,22 @@ class Run:
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise GuardConflict(
-                ["a schedule in fractions of training needs an end; set max_epochs or max_steps on the Trainer, "
-                 "or give the guard's schedule in optimizer steps"]
-            )  # fmt: skip
+                "a schedule in fractions of training needs an end; set max_epochs or max_steps on the Trainer, "
+                "or give the guard's schedule in optimizer steps"
+            )
         return int(total)
 
     def forward(self, inputs: Any) -> Tensor:
         """Logits for inputs: from the mixin, from the submodule that ``Batch.logits`` names, or from ``forward``."""
-        output = self.module.guard_forward(inputs) if hasattr(self.module, "guard_forward") else None
+        output = said(self.module, "guard_forward", inputs)
         if output is None:
             output = self.module.get_submodule(self.batch.logits or "")(inputs)
         logits = logits_in(output)
         if logits is None:
             raise GuardConflict(
-                [f"{type(self.module).__name__}.forward returns {type(output).__name__}, which holds no logits; name the "
-                 "submodule that gives them with Batch(logits=...), or say it with GuardMixin.guard_forward"]
-            )  # fmt: skip
+                f"{type(self.module).__name__}.forward returns {type(output).__name__}, which holds no logits; name "
+                "the submodule that gives them with Batch(logits=...), or say it with GuardMixin.guard_forward"
+            )
         return logits
 
 
@@ -117,15 +117,15 @@ class Step:
             group = group[:, 0]
         if group.dim() != 1:
             raise GuardConflict(
-                [f"the group has shape {tuple(group.shape)}; give one whole number an example, and for several attributes "
-                 "number their combinations"]
-            )  # fmt: skip
+                f"the group has shape {tuple(group.shape)}; give one whole number an example, "
+                "and for several attributes number their combinations"
+            )
         if group.is_floating_point():
             if not bool((group.isnan() | (group == group.round())).all()):
                 raise GuardConflict(
-                    ["the group holds fractions, so it is not a group; give whole numbers, and say where they are "
-                     "with Batch(group=...)"]
-                )  # fmt: skip
+                    "the group holds fractions, so it is not a group; give whole numbers, and say where they are "
+                    "with Batch(group=...)"
+                )
             group = torch.nan_to_num(group, nan=-1.0).long()
         return group
 
@@ -133,7 +133,7 @@ class Step:
         try:
             return self.run.batch.read(self.batch, part)
         except KeyError as error:
-            raise GuardConflict([error.args[0]]) from None
+            raise GuardConflict(error.args[0]) from None
 
     def with_inputs(self, inputs: Any) -> Any:
         """The batch with other inputs, for a guard to return."""
@@ -146,9 +146,9 @@ class Step:
         Taken from the mixin's ``guard_logits``, else from ``logits`` or ``preds`` in what ``training_step`` returned,
         else from the one forward pass that the step made; never from a second pass or a probe.
         """
-        said = self.module.guard_logits(self.output) if hasattr(self.module, "guard_logits") else None
-        if said is not None:
-            return said
+        described: Tensor | None = said(self.module, "guard_logits", self.output)
+        if described is not None:
+            return described
         if isinstance(self.output, Mapping):
             for key in ("logits", "preds"):
                 value = self.output.get(key)
@@ -161,10 +161,10 @@ class Step:
         problem = "was called and returned no logits" if self.forwards else "was not called"
         problem = f"gave logits {len(found)} times" if found else problem
         raise GuardConflict(
-            [f"{where} {problem} in training_step, so its logits are not known; name the submodule that gives them with "
-             "Batch(logits=...), return {'loss': ..., 'logits': ...} from training_step, or say it with "
-             "GuardMixin.guard_logits"]
-        )  # fmt: skip
+            f"{where} {problem} in training_step, so its logits are not known; name the submodule that gives "
+            "them with Batch(logits=...), return {'loss': ..., 'logits': ...} from training_step, or say it with "
+            "GuardMixin.guard_logits"
+        )
 
     def forward(self, inputs: Any) -> Tensor:
         """Logits for inputs of a guard's own making; inside :meth:`probe`, or they count as the step's."""
@@ -174,8 +174,8 @@ class Step:
         """The loss of each example ``(N,)``: the mixin's, or cross-entropy by the shape of the logits."""
         from lightning_guard.functional import example_losses
 
-        said = self.module.guard_losses(logits, target) if hasattr(self.module, "guard_losses") else None
-        return example_losses(logits, target) if said is None else said
+        described: Tensor | None = said(self.module, "guard_losses", logits, target)
+        return example_losses(logits, target) if described is None else described
 
     @contextmanager
     def probe(self) -> Iterator[None]:
@@ -304,15 +304,20 @@ class Guard(pl.Callback):
         super().__init_subclass__(**kwargs)
         for hook in ("setup", "teardown", "on_exception", "on_fit_start", "on_load_checkpoint"):
             if hook in vars(cls):
-                instead = {"setup": "begin", "on_fit_start": "begin", "on_load_checkpoint": "restore"}.get(hook, "release")
-                raise TypeError(f"{cls.__name__} overrides {hook}, which installs the guards; override {instead} instead")
+                instead = {"setup": "begin", "on_fit_start": "begin", "on_load_checkpoint": "restore"}.get(
+                    hook, "release"
+                )
+                raise TypeError(
+                    f"{cls.__name__} overrides {hook}, which installs the guards; override {instead} instead"
+                )
         if not cls.name.isidentifier() and not cls.__name__.startswith("_"):
             raise TypeError(f"{cls.__name__}.name={cls.name!r} must be one word, like a variable's name")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from lightning_guard.pipeline import Pipeline  # the contract must not depend on what runs it
 
-        guards = sorted((c for c in trainer.callbacks if isinstance(c, Guard)), key=lambda g: (g.phase, g.name))
+        guards = [callback for callback in callbacks_of(trainer) if isinstance(callback, Guard)]
+        guards.sort(key=lambda guard: (guard.phase, guard.name))
         if guards[0] is self:
             self._pipeline = Pipeline(trainer, pl_module, guards)
             self._pipeline.install(stage)
@@ -342,6 +347,16 @@ class Guard(pl.Callback):
         return {key: value for key, value in vars(self).items() if key != "_pipeline"}
 
 
+def callbacks_of(trainer: Any) -> list[pl.Callback]:
+    """The callbacks of a Trainer, which declares them nowhere."""
+    return list(trainer.callbacks)
+
+
+def said(module: Any, what: str, *args: Any) -> Any:
+    """What a module that inherits GuardMixin says of itself; None if it says nothing."""
+    return getattr(module, what)(*args) if hasattr(module, what) else None
+
+
 def logits_in(output: Any) -> Tensor | None:
     """The logits in what a forward pass returned: itself, or its ``logits``."""
     if isinstance(output, Mapping):
@@ -354,24 +369,29 @@ def logits_in(output: Any) -> Tensor | None:
 @contextmanager
 def still(module: nn.Module, metrics: Sequence[nn.Module]) -> Iterator[None]:
     """Passes through ``module`` inside this block log nothing, count in no metric and change no buffer or generator."""
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    on_cuda = device.type == "cuda"
+    training = [layer for layer in module.modules() if layer.training]
     # cuDNN refuses a backward pass through a recurrent layer in eval mode; its dropout is stilled by hand.
-    recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase) and devices]
-    training = [m for m in module.modules() if m.training and not (devices and isinstance(m, nn.RNNBase))]
+    recurrent = [layer for layer in training if isinstance(layer, nn.RNNBase)] if on_cuda else []
     with ExitStack() as undo:
-        undo.enter_context(torch.random.fork_rng(devices))
-        for layer in training:
-            undo.callback(setattr, layer, "training", True)
-            layer.training = False
+        undo.enter_context(torch.random.fork_rng([device] if on_cuda else []))
+        undo.callback(_set_training, training, True)
+        _set_training(training, False)
         for layer in recurrent:
             undo.callback(setattr, layer, "dropout", layer.dropout)
-            layer.dropout = 0.0
+            layer.dropout, layer.training = 0.0, True
         for metric in metrics:
-            undo.callback(metric.__dict__.update, _metric_state(metric))
+            undo.callback(vars(metric).update, _metric_state(metric))
         for method in ("log", "log_dict"):
             if hasattr(module, method):
                 swap(undo, module, method, lambda old: lambda *args, **kwargs: None)
         yield
+
+
+def _set_training(layers: Sequence[nn.Module], mode: bool) -> None:
+    for layer in layers:
+        vars(layer)["training"] = mode  # what `layer.training = mode` does after a microsecond of checks, twice a step
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:
@@ -421,4 +441,3 @@ class StandIn:
 
     def __reduce__(self) -> Any:
         return getattr, (self.owner, self.name)
-

@@ -72,4 +72,3 @@ class GuardMixin:
         """Lightning's hook: the guards that come with the class, the same ones for every stage of this module."""
         own = _carried.setdefault(self, [deepcopy(guard) for guard in self.guards])
         return [*super().configure_callbacks(), *own]  # type: ignore[misc]
-

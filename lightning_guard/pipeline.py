@@ -102,7 +102,7 @@ class Pipeline(Run):
             yield f"{names.count(name)} guards are called {name!r}; keep one, or give a subclass another name"
         strategy = type(self.trainer.strategy).__name__
         if strategy not in _STRATEGIES:
-            yield f"strategy={strategy} shards or moves the model in ways no guard is proven with; use one device or 'ddp'"
+            yield f"strategy={strategy} shards or moves the model in ways no guard is proven with; use one device or ddp"
         yield from self._agree_on_batch()
         yield from judge(self)
         if stage == "fit":
@@ -235,9 +235,9 @@ class Pipeline(Run):
         if self.manual is None or (self.manual.loss is None and self._acting("on_loss")):
             missing = "guard_step" if self.manual is None else "guard_loss"
             raise GuardConflict(
-                [f"{type(self.module).__name__}.training_step optimises manually and never called self.{missing}, so "
-                 f"{', '.join(g.name for g in self.guards)} did not act; see GuardMixin"]
-            )  # fmt: skip
+                f"{type(self.module).__name__}.training_step optimises manually and never called self.{missing}, so "
+                f"{', '.join(g.name for g in self.guards)} did not act; see GuardMixin"
+            )
         return output
 
     def take_manual_step(self, batch: Any) -> Step:
@@ -319,11 +319,11 @@ def missing_guards(section: Mapping[str, Any], present: Iterable[str]) -> Iterat
     """Why training may not resume from a checkpoint with this section and these guards."""
     present = set(present)
     if section["version"] != 1:
-        yield f"the checkpoint has guard format {section['version']}, this version reads 1; use the version that wrote it"
+        yield f"the checkpoint has guard format {section['version']}, this version reads 1; use the one that wrote it"
         return
     for name in section["guards"]:
         if name not in present:
             yield (
-                f"the checkpoint was trained with {name}, which is not here, so its promise would end unnoticed; add it, "
-                "or start a new training from the weights alone (load_from_checkpoint)"
+                f"the checkpoint was trained with {name}, which is not here, so its promise would end unnoticed; "
+                "add it, or start a new training from the weights alone (load_from_checkpoint)"
             )

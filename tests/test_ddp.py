@@ -47,13 +47,20 @@ class Starts(pl.Callback):
 
 def work(rank: int, port: int, folder: str) -> None:
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1"
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        NODE_RANK="0",
+        LOCAL_RANK=str(rank),
+        OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
     two = {"strategy": "ddp", "devices": 2}
     found = {}
     rows = Rows()
-    shares = torch.utils.data.DistributedSampler(rows, num_replicas=2, rank=rank, shuffle=False)  # else Lightning shuffles
+    shares = torch.utils.data.DistributedSampler(
+        rows, num_replicas=2, rank=rank, shuffle=False
+    )  # else Lightning shuffles
     for name, guard in EXACT.items():
         found[name] = fit([guard()], Steady, torch.utils.data.DataLoader(rows, 8, sampler=shares), **two).state_dict()
     for guard, row in GUARDS.items():  # as users have it: dropout, batch norm, shuffling, a step that unpacks two
@@ -63,7 +70,11 @@ def work(rank: int, port: int, folder: str) -> None:
     found["none"] = fit(**two).state_dict()
     starts = Starts()
     same_rows = torch.utils.data.TensorDataset(torch.full((16, 6), 0.5), torch.zeros(16, dtype=torch.long))
-    fit([starts, AdversarialTraining(eps=0.1, steps=1, step_size=1e-9)], data=torch.utils.data.DataLoader(same_rows, 8), **two)
+    fit(
+        [starts, AdversarialTraining(eps=0.1, steps=1, step_size=1e-9)],
+        data=torch.utils.data.DataLoader(same_rows, 8),
+        **two,
+    )
     found["start"] = {"start": starts.seen[0]}
     torch.save(found, f"{folder}/{rank}.pt")
 
@@ -89,7 +100,9 @@ def test_ranks_agree_and_off_means_off(ranks):
     parameters = [name for name, _ in PlainNet().named_parameters()]
     for name in ranks[0]:
         if name != "start":
-            assert all(torch.equal(ranks[0][name][key], ranks[1][name][key]) for key in ranks[0][name] if key in parameters), name
+            assert all(
+                torch.equal(ranks[0][name][key], ranks[1][name][key]) for key in ranks[0][name] if key in parameters
+            ), name
     for guard in GUARDS:
         for key in parameters:
             assert torch.equal(ranks[0]["off " + guard.name][key], ranks[0]["none"][key])

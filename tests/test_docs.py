@@ -43,7 +43,8 @@ def test_links_lead_somewhere():
 def test_the_composition_page_is_the_code():
     rows = ["| together | verdict | why | then | source |", "|---|---|---|---|---|"]
     rows += [
-        f"| `{rule.first}` + `{rule.second}` | {rule.verdict} | {rule.reason} | {rule.remedy} | {rule.source} |" for rule in RULES
+        f"| `{rule.first}` + `{rule.second}` | {rule.verdict} | {rule.reason} | {rule.remedy} | {rule.source} |"
+        for rule in RULES
     ]
     assert "\n".join(rows) in (ROOT / "docs" / "composition.md").read_text()
 
@@ -58,7 +59,9 @@ def test_a_guard_from_another_package_needs_no_change_here(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     points = project["entry-points"]["lightning_guard.guards"]
-    (info / "entry_points.txt").write_text("[lightning_guard.guards]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
+    (info / "entry_points.txt").write_text(
+        "[lightning_guard.guards]\n" + "".join(f"{k} = {v}\n" for k, v in points.items())
+    )
     command = [
         sys.executable, "-m", "lightning_guard", "fit", "--config", "demo/adult", "--recipe", "fairness",
         "--guards.input_noise.sigma", "0.25", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1",
@@ -67,6 +70,13 @@ def test_a_guard_from_another_package_needs_no_change_here(tmp_path):
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    bad = subprocess.run([*command, "--guards.input_noise.sigma", "-1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    bad = subprocess.run(
+        [*command, "--guards.input_noise.sigma", "-1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert bad.returncode == 2
     assert "sigma=-1" in bad.stderr

@@ -163,7 +163,7 @@ def test_all_problems_come_at_once():
             raise AssertionError("never reached")
 
     problems = conflict(
-        [AdversarialTraining(0.1), AdversarialTraining(0.2), FairnessRegularization(batch=Batch(group=3)), MagnitudePruning(end=99)],
+        [AdversarialTraining(0.1), AdversarialTraining(0.2), FairnessRegularization(), MagnitudePruning(end=99)],
         lambda: Fetching(), max_steps=8, max_epochs=-1,
     ).problems  # fmt: skip
     text = "\n".join(problems)
@@ -183,7 +183,9 @@ def test_strategies_that_shard_are_refused():
 
 
 def test_two_readings_of_one_batch_are_refused():
-    text = str(conflict([AdversarialTraining(0.1, batch=Batch(inputs=0)), FairnessRegularization(batch=Batch(group=2))]))
+    text = str(
+        conflict([AdversarialTraining(0.1, batch=Batch(inputs=0)), FairnessRegularization(batch=Batch(group=2))])
+    )
     assert "read in different ways" in text
     fit([AdversarialTraining(0.1), FairnessRegularization(batch=Batch(group=2))])  # one statement serves both
 
@@ -213,8 +215,10 @@ def test_every_rule_says_why_and_what_to_do():
         assert rule.remedy or rule.verdict is Verdict.SOUND
     shipped = [AdversarialTraining(0.1), FairnessRegularization(), MagnitudePruning()]
     assert {(a.name, b.name) for a, b, _ in findings(shipped)} == {
-        ("adversarial_training", "fairness"), ("adversarial_training", "magnitude_pruning"), ("fairness", "magnitude_pruning")
-    }  # fmt: skip
+        ("adversarial_training", "fairness"),
+        ("adversarial_training", "magnitude_pruning"),
+        ("fairness", "magnitude_pruning"),
+    }
 
 
 def test_a_guard_may_not_disable_the_pipeline():

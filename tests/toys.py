@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 FEATURES, CLASSES, ROWS = 6, 3, 64
 Triple = namedtuple("Triple", ["x", "y", "group"])
@@ -139,14 +139,18 @@ class Data(pl.LightningDataModule):
 
 
 def trainer(callbacks: list[Any] | None = None, cls: Any = None, **kwargs: Any) -> pl.Trainer:
-    quiet = dict(
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu"
-    )
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet = {**dict.fromkeys(off, False), "accelerator": "cpu"}
     return (cls or pl.Trainer)(**{**quiet, "max_epochs": 2, "devices": 1, "callbacks": callbacks or [], **kwargs})
 
 
 def fit(
-    callbacks: list[Any] | None = None, module: Any = None, data: Any = None, ckpt_path: Any = None, seed: int = 0, **kwargs: Any
+    callbacks: list[Any] | None = None,
+    module: Any = None,
+    data: Any = None,
+    ckpt_path: Any = None,
+    seed: int = 0,
+    **kwargs: Any,
 ) -> Any:
     """A seeded fit of a fresh network; returns the network, with its trainer attached as ``fitted``."""
     pl.seed_everything(seed, verbose=False)

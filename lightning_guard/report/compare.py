@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_guard.batch import Batch
 from lightning_guard.evaluation import EVALUATORS, Evaluator, Evidence, Figure, Subject
-from lightning_guard.guard import Guard
+from lightning_guard.guard import Guard, callbacks_of
 from lightning_guard.report import load_report, write_report
 from lightning_guard.report.witness import Withholding, Witness
 
@@ -93,13 +93,22 @@ def compare(
         def build(callbacks: list[pl.Callback]) -> Parts:
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             added = [*copy.deepcopy(list(own)), *options.get("callbacks", ()), *callbacks]
-            return pl.Trainer(**{**quiet, "enable_model_summary": False, **options, "callbacks": added}), module(), data()
+            return (
+                pl.Trainer(**{**quiet, "enable_model_summary": False, **options, "callbacks": added}),
+                module(),
+                data(),
+            )
 
         return build
 
     described = {name: _describe(own) for name, own in arms.items()}
     model = module()
-    common = [str(model), dict(model.hparams), dict(data().hparams), {k: v for k, v in options.items() if k != "callbacks"}]
+    common = [
+        str(model),
+        dict(model.hparams),
+        dict(data().hparams),
+        {k: v for k, v in options.items() if k != "callbacks"},
+    ]
     compare_arms(
         [Arm(name, building(own), {}, _plain_text([common, described[name]])) for name, own in arms.items()],
         range(seeds) if isinstance(seeds, int) else seeds, evaluators, folder, title
@@ -161,7 +170,12 @@ def _all(runs: "Sequence[_Run]", workers: int, argv: Sequence[str] | None) -> No
     console = Console(stderr=True)
     if missing < len(runs):
         console.print(f"{len(runs) - missing} of {len(runs)} runs are already there and are kept.")
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} runs"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
+        TimeElapsedColumn(),
+    )
     helpers: list[subprocess.Popen[bytes]] = []
     if argv is not None:
         helpers = [
@@ -192,7 +206,9 @@ def _all(runs: "Sequence[_Run]", workers: int, argv: Sequence[str] | None) -> No
                         raise RuntimeError(f"a worker of the comparison failed:\n{error[-4000:]}")
                 time.sleep(0.3)
     except (KeyboardInterrupt, SystemExit):
-        console.print(f"Interrupted. Finished runs are kept in {runs[0].folder.parent.parent}: the same command goes on from there.")
+        console.print(
+            f"Interrupted. Finished runs are kept in {runs[0].folder.parent.parent}; the same command goes on from there."
+        )
         raise KeyboardInterrupt from None
     finally:
         for helper in helpers:
@@ -281,7 +297,7 @@ class _Run:
 def _guards(trainer: pl.Trainer, module: pl.LightningModule) -> list[Guard]:
     carried = module.configure_callbacks()
     carried = list(carried) if isinstance(carried, Sequence) else [carried]
-    found = [callback for callback in [*trainer.callbacks, *carried] if isinstance(callback, Guard)]
+    found = [callback for callback in [*callbacks_of(trainer), *carried] if isinstance(callback, Guard)]
     return sorted(found, key=lambda guard: (guard.phase, guard.name))
 
 
@@ -292,7 +308,8 @@ def _card(guard: Guard) -> dict[str, Any]:
 def _evaluators(stated: Sequence[Evaluator] | None, guards: Sequence[Guard]) -> list[Evaluator]:
     """The stated evaluators or all; robustness without an ``eps`` takes the threat that an arm trains against."""
     judges = list(stated) if stated is not None else [make() for make in EVALUATORS.values()]
-    threat = next((guard.threat for guard in guards if getattr(getattr(guard, "threat", None), "eps", 0)), None)
+    threats = [getattr(guard, "threat", None) for guard in guards]
+    threat = next((threat for threat in threats if threat is not None and threat.eps), None)
     return [judge.with_threat(threat) if threat and hasattr(judge, "with_threat") else judge for judge in judges]
 
 
@@ -301,10 +318,18 @@ def _cost(witness: Witness, module: pl.LightningModule) -> Evidence:
     return Evidence(
         {
             "cost/train_seconds": Figure(
-                witness.seconds, "Training time", "s", "lower", f"{clock} time of the training loop, validation included."
+                witness.seconds,
+                "Training time",
+                "s",
+                "lower",
+                f"{clock} time of the training loop, validation included.",
             ),
             "cost/passes": Figure(
-                witness.passes, "Forward passes a batch", "count", "lower", "Per training batch, those of attacks included."
+                witness.passes,
+                "Forward passes a batch",
+                "count",
+                "lower",
+                "Per training batch, those of attacks included.",
             ),
             "cost/steps": Figure(float(witness.steps), "Optimizer steps", "count", None, "Of the whole training."),
         }
@@ -316,7 +341,10 @@ def _document(
 ) -> dict[str, Any]:
     def described(kind: str, values: tuple[str, ...]) -> dict[str, Any]:
         merged = {key: item for result in reversed(results) for key, item in result[kind].items()}
-        return {key: {"axis": key.split("/")[0], **{k: v for k, v in item.items() if k not in values}} for key, item in merged.items()}
+        return {
+            key: {"axis": key.split("/")[0], **{k: v for k, v in item.items() if k not in values}}
+            for key, item in merged.items()
+        }
 
     guards = {result["arm"]: result["guards"] for result in results}
     data = next((result["data"] for result in results), {"name": ""})

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -54,7 +54,9 @@ class Witness(pl.Callback):
         self._clock = time.process_time if pl_module.device.type == "cpu" else time.perf_counter
         self._began = self._clock()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.batches += 1
         for part in _tensors(batch):
             # A sample of large batches: enough to tell one order from another, cheap enough not to count as cost.
@@ -77,10 +79,10 @@ class Witness(pl.Callback):
 class Withholding(Guard):
     """Keeps the group from the steps of an arm without guards, as the guarded arms have it kept; does nothing else."""
 
-    name = "withholding"
-    phase = Phase.BATCH
-    traits: frozenset[Trait] | None = frozenset()
-    needs_group = True
+    name: ClassVar[str] = "withholding"
+    phase: ClassVar[Phase] = Phase.BATCH
+    traits: ClassVar[frozenset[Trait] | None] = frozenset()
+    needs_group: ClassVar[bool] = True
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -66,7 +66,11 @@ def test_bit_identical_to_a_loop_by_hand(accumulate, bf16):
     torch.manual_seed(0)
     expected = by_hand(PlainNet(), accumulate=accumulate, bf16=bf16)
     found = fit(
-        [on()], PlainNet, loader(shuffle=False), accumulate_grad_batches=accumulate, precision="bf16-mixed" if bf16 else "32"
+        [on()],
+        PlainNet,
+        loader(shuffle=False),
+        accumulate_grad_batches=accumulate,
+        precision="bf16-mixed" if bf16 else "32",
     )
     assert same(found, expected)  # weights, BatchNorm statistics and its counter of batches
 
@@ -272,6 +276,9 @@ def test_acts_where_it_should():
         moved = pgd(lambda z: F.cross_entropy(net(z), y, reduction="none"), x, threat, steps=20)
         return (net(moved).argmax(1) == y).float().mean()
 
-    plain, guarded = fit(None, Linear, data, max_epochs=10), fit([AdversarialTraining(eps=0.1)], Linear, data, max_epochs=10)
+    plain, guarded = (
+        fit(None, Linear, data, max_epochs=10),
+        fit([AdversarialTraining(eps=0.1)], Linear, data, max_epochs=10),
+    )
     assert robust(plain) < 0.4
     assert robust(guarded) > 0.7

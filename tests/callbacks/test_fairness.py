@@ -102,9 +102,12 @@ def test_groups_absent_from_batches():
 
 @pytest.mark.parametrize("unknown", [-1.0, float("nan")])
 def test_unknown_groups_count_for_the_task_only(unknown):
-    x, y, s = biased()
+    x, _, s = biased()
     nobody = torch.full((len(s),), unknown)
-    assert same(fit([FairnessRegularization(weight=1.0)], Logit, data(group=nobody)), fit([FairnessRegularization(weight=0.0)], Logit, data()))
+    assert same(
+        fit([FairnessRegularization(weight=1.0)], Logit, data(group=nobody)),
+        fit([FairnessRegularization(weight=0.0)], Logit, data()),
+    )
     half = torch.where(torch.arange(len(s)) % 2 == 0, s.float(), torch.tensor(unknown))
     net = fit([FairnessRegularization(weight=4.0)], Logit, data(group=half), max_epochs=8)
     free = fit([FairnessRegularization(weight=0.0)], Logit, data(), max_epochs=8)
@@ -113,7 +116,10 @@ def test_unknown_groups_count_for_the_task_only(unknown):
 
 def test_one_group_only_is_no_penalty():
     one = torch.zeros(2000, dtype=torch.long)
-    assert same(fit([FairnessRegularization(weight=1.0)], Logit, data(group=one)), fit([FairnessRegularization(weight=0.0)], Logit, data()))
+    assert same(
+        fit([FairnessRegularization(weight=1.0)], Logit, data(group=one)),
+        fit([FairnessRegularization(weight=0.0)], Logit, data()),
+    )
 
 
 def test_a_constant_predictor_is_said_to_be_one():
@@ -136,7 +142,9 @@ def test_logits_that_cannot_be_known_are_refused():
     class Functional(Logit):
         def training_step(self, batch, batch_idx):
             x, y = batch
-            return F.binary_cross_entropy_with_logits(F.linear(x, self.layer.weight, self.layer.bias).squeeze(1), y.float())
+            return F.binary_cross_entropy_with_logits(
+                F.linear(x, self.layer.weight, self.layer.bias).squeeze(1), y.float()
+            )
 
     class Twice(Logit):
         def training_step(self, batch, batch_idx):
@@ -151,7 +159,7 @@ def test_logits_that_cannot_be_known_are_refused():
 def test_a_step_that_expects_the_group_gets_it():
     class Three(Logit):
         def training_step(self, batch, batch_idx):
-            x, y, group = batch
+            x, y, _group = batch
             return super().training_step((x, y), batch_idx)
 
     fit([FairnessRegularization(batch=Batch(withhold_group=False))], Three, data())
@@ -168,7 +176,12 @@ def test_early_stopping_on_the_gap():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"notion": "justice"}, "notion='justice'"), ({"weight": -1.0}, "weight=-1"), ({"steepness": 0.0}, "steepness=0"), ({"memory": 1.0}, "memory=1")],
+    [
+        ({"notion": "justice"}, "notion='justice'"),
+        ({"weight": -1.0}, "weight=-1"),
+        ({"steepness": 0.0}, "steepness=0"),
+        ({"memory": 1.0}, "memory=1"),
+    ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

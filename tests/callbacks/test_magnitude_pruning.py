@@ -132,7 +132,9 @@ def test_several_optimizers_by_hand():
 
     watching = Watching()
     fit([watching, MagnitudePruning(sparsity=0.5, start=0, end=4, every=1)], Two)
-    assert [dropped for dropped, _ in watching.seen] == [round(cubic_sparsity(t / 4, 0.5) * 144) for t in (1, 2, 3, *[4] * 5)]
+    assert [dropped for dropped, _ in watching.seen] == [
+        round(cubic_sparsity(t / 4, 0.5) * 144) for t in (1, 2, 3, *[4] * 5)
+    ]
 
 
 def test_several_optimizers_want_steps_not_fractions():
@@ -178,7 +180,12 @@ def test_convolutions_and_attention():
             return torch.optim.Adam(self.parameters(), 0.01)
 
     module = fit([MagnitudePruning(sparsity=0.5, scope="layer", every=1)], Both)
-    for weight in (module.conv.weight, module.attention.in_proj_weight, module.attention.out_proj.weight, module.head.weight):
+    for weight in (
+        module.conv.weight,
+        module.attention.in_proj_weight,
+        module.attention.out_proj.weight,
+        module.head.weight,
+    ):
         assert int((weight == 0).sum()) == round(0.5 * weight.numel())
 
 
