@@ -117,7 +117,7 @@ class MagnitudePruning(Guard):
         if self.sparsity and timed and len(run.trainer.optimizers) > 1:
             raise GuardConflict(
                 f"{self.name}: start={self.start} and end={self.end} are fractions of training, which several "
-                "optimizers may step at different times; give them in optimizer steps of the one that trains the first layer"
+                "optimizers may step at different times; give optimizer steps of the one that trains the first layer"
             )
         self._weights = self._select(run.module) if self.sparsity else {}
         if self._packed is not None:

@@ -102,7 +102,7 @@ class Pipeline(Run):
             yield f"{names.count(name)} guards are called {name!r}; keep one, or give a subclass another name"
         strategy = type(self.trainer.strategy).__name__
         if strategy not in _STRATEGIES:
-            yield f"strategy={strategy} shards or moves the model in ways no guard is proven with; use one device or ddp"
+            yield f"strategy={strategy} shards or moves the model in ways no guard is proven with; use a device or ddp"
         yield from self._agree_on_batch()
         yield from judge(self)
         if stage == "fit":

@@ -207,7 +207,7 @@ def _all(runs: "Sequence[_Run]", workers: int, argv: Sequence[str] | None) -> No
                 time.sleep(0.3)
     except (KeyboardInterrupt, SystemExit):
         console.print(
-            f"Interrupted. Finished runs are kept in {runs[0].folder.parent.parent}; the same command goes on from there."
+            f"Interrupted. Finished runs are kept in {runs[0].folder.parent.parent}; the same command goes on."
         )
         raise KeyboardInterrupt from None
     finally:
