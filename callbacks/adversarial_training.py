@@ -1,7 +1,7 @@
 """Adversarial training as a guard."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +34,8 @@ class AdversarialTraining(Guard):
         mean: subtracted from inputs before the network, one number or one a channel.
         std: divided by before the network, one number or one a channel.
         mutable: indices along dimension 1 that the attacker may change; None is all.
+        warmup: time over which the radius grows from 0 to ``eps``, as a fraction of training (float) or in optimizer
+            steps (int). A network that cannot yet tell classes apart may never learn under the full attack.
         seed: of the random starts; None takes the seed of the run.
         batch: how a batch is read, if the defaults do not fit.
 
@@ -72,6 +74,7 @@ class AdversarialTraining(Guard):
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         mutable: Sequence[int] | None = None,
+        warmup: int | float = 0,
         seed: int | None = None,
         batch: Batch | None = None,
     ):
@@ -82,15 +85,25 @@ class AdversarialTraining(Guard):
             raise ValueError(f"steps={steps} makes no attack; give at least 1, or switch the guard off with eps=0")
         if step_size is not None and not step_size > 0:
             raise ValueError(f"step_size={step_size} never moves; give a positive length in input units, or None")
+        if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
+            raise ValueError(f"warmup={warmup} is no time; give a fraction in [0.0, 1.0] or a number of steps")
+        self.warmup = warmup
         self.method, self.steps, self.step_size = method, 1 if method == "fgsm" else steps, step_size
         self.random_start, self.seed, self.batch = random_start, seed, batch
-        self._seed: int | None = None
+        self._seed = 0
+        self._restored: int | None = None
+        self._warmup: int | None = None
         self._checked = False
 
     def options(self) -> dict[str, Any]:
         return {**asdict(self.threat), **super().options()}
 
     def problems(self, run: Run) -> Iterable[str]:
+        if self.threat.eps and isinstance(self.warmup, float) and self.warmup and run.endless:
+            yield (
+                f"warmup={self.warmup} is a fraction of a training without end; "
+                "set max_epochs or max_steps on the Trainer, or give optimizer steps"
+            )
         if self.threat.eps and run.trainer.precision in ("16-mixed", "16-true") and self.threat.norm == "l2":
             yield (
                 "norm='l2' squares input gradients, which underflow at precision='16-mixed'; "
@@ -98,20 +111,21 @@ class AdversarialTraining(Guard):
             )
 
     def begin(self, run: Run) -> None:
-        if self._seed is None:  # nothing was restored
-            self._seed = torch.initial_seed() if self.seed is None else self.seed
-        self._checked = False
+        own = torch.initial_seed() if self.seed is None else self.seed
+        self._seed, self._restored = own if self._restored is None else self._restored, None
+        self._warmup, self._checked = None, False
 
     def on_batch(self, step: Step) -> Any:
         if self.threat.eps == 0:
             return step.batch
-        assert self._seed is not None
         x, y = step.inputs, step.target
         if not self._checked:
             self._check(x)
             self._checked = True
         generator = stream(self._seed, step.index, step.run.rank, device=x.device)
-
+        reach = self._reach(step.run)
+        threat = self.threat if reach == 1 else replace(self.threat, eps=reach * self.threat.eps)
+        step_size = None if self.step_size is None else reach * self.step_size
         losses = x.new_zeros(1)
 
         def loss(moved: Tensor) -> Tensor:
@@ -120,15 +134,23 @@ class AdversarialTraining(Guard):
             return losses
 
         with step.probe():
-            attacked = pgd(loss, x, self.threat, self.steps, self.step_size, self.random_start, generator)
+            attacked = pgd(loss, x, threat, self.steps, step_size, self.random_start, generator)
         self.report(step.module, attack_loss=losses.detach().mean())
         return step.with_inputs(attacked)
+
+    def _reach(self, run: Run) -> float:
+        """The fraction of ``eps`` that the attack may use by now."""
+        if not self.warmup:
+            return 1.0
+        if self._warmup is None:
+            self._warmup = round(self.warmup * run.total_steps) if isinstance(self.warmup, float) else self.warmup
+        return min(1.0, (run.trainer.global_step + 1) / max(self._warmup, 1))
 
     def state(self) -> dict[str, Any]:
         return {"seed": self._seed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._seed = state["seed"]
+        self._restored = state["seed"]
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():

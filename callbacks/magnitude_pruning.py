@@ -99,8 +99,7 @@ class MagnitudePruning(Guard):
         self._packed: Mapping[str, Tensor] | None = None  # restored, not yet on the weights' device
 
     def problems(self, run: Run) -> Iterable[str]:
-        endless = run.trainer.max_epochs == -1 and run.trainer.max_steps == -1
-        if self.sparsity and endless and (isinstance(self.start, float) or isinstance(self.end, float)):
+        if self.sparsity and run.endless and (isinstance(self.start, float) or isinstance(self.end, float)):
             yield (
                 f"start={self.start} and end={self.end} are fractions of a training without end; "
                 "set max_epochs or max_steps on the Trainer, or give optimizer steps"

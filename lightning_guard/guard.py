@@ -61,6 +61,11 @@ class Run:
         return int(self.trainer.global_rank)
 
     @property
+    def endless(self) -> bool:
+        """Whether training has no end that is known before it."""
+        return bool(self.trainer.max_epochs == -1 and self.trainer.max_steps == -1)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training; raises where it has no end."""
         total = self.trainer.estimated_stepping_batches

@@ -364,7 +364,12 @@ def _document(
                 "threads": torch.get_num_threads(),
                 "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
             },
-            "data": {key: data.get(key) for key in ("name", "sha256", "train", "test")},
+            "data": {
+                "name": data["name"],
+                "sha256": data.get("sha256"),
+                "train": data.get("rows", {}).get("train"),
+                "test": data.get("rows", {}).get("test"),
+            },
             "git": _git(),
         },
         "arms": [

@@ -11,7 +11,7 @@ from lightning_guard.callbacks import AdversarialTraining
 from lightning_guard.functional import stream
 from lightning_guard.guard import GuardConflict
 from lightning_guard.mixins import GuardMixin
-from tests.toys import PlainNet, Rows, fit, loader, same
+from tests.toys import PlainNet, Rows, fit, loader, rows, same
 
 EPS, STEPS, ALPHA = 0.1, 3, 0.04
 
@@ -171,6 +171,19 @@ def test_normalised_inputs_take_eps_in_the_users_units():
     assert raw.max() <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("warmup", [0.5, 4])
+def test_the_radius_grows_to_eps(warmup):
+    moved = []
+
+    class Seeing(PlainNet):
+        def training_step(self, batch, batch_idx):
+            moved.append((batch[0] - rows()[0][batch_idx * 16 : batch_idx * 16 + 16]).abs().max().item())
+            return super().training_step(batch, batch_idx)
+
+    fit([on(warmup=warmup, step_size=None)], Seeing, loader(shuffle=False))
+    assert moved == pytest.approx([EPS * min(1, t / 4) for t in range(1, 9)], rel=1e-3)
+
+
 def test_inputs_outside_the_bounds_are_refused_with_their_range():
     with pytest.raises(GuardConflict, match=r"range over \[0\..*bounds=\(0.0, 0.5\)"):
         fit([on(bounds=(0.0, 0.5))])
@@ -236,6 +249,7 @@ def test_binary_with_one_logit():
         ({"method": "magic"}, "method='magic'"),
         ({"steps": 0}, "steps=0"),
         ({"step_size": 0.0}, "step_size=0"),
+        ({"warmup": 1.5}, "warmup=1.5"),
         ({"bounds": (1.0, 0.0)}, "bounds="),
         ({"std": [0.5, 0.0]}, "std="),
     ],
