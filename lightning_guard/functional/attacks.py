@@ -88,14 +88,18 @@ class ThreatModel:
             )
 
     def project(self, moved: Tensor, x: Tensor) -> Tensor:
-        """The point of the threat model around ``x`` nearest to ``moved``; both ``(N, ...)`` as the network sees them."""
+        """``moved`` brought back into the threat model around ``x``; both ``(N, ...)`` as the network sees them.
+
+        It is the nearest point for ``linf``. For ``l2`` it is the nearest point of the ball, then of the bounds, which
+        leaves it in both.
+        """
         if self.norm == "linf":
             return moved.clamp(*self._box(x))
         scale = self.scale(x)
         delta = torch.where(scale > 0, (moved - x) / scale.clamp_min(1e-30), 0)
         length = delta.flatten(1).norm(dim=1).clamp_min(1e-30)
         factor = (self.eps / length).clamp_max(1).reshape(-1, *[1] * (x.dim() - 1))
-        return (x + delta * factor * scale).clamp(*self.limits(x)) if self.bounds else x + delta * factor * scale
+        return self._within_bounds(x + delta * factor * scale, x)
 
     def contains(self, moved: Tensor, x: Tensor, tolerance: float = 1e-5) -> Tensor:
         """Which of the ``(N,)`` moved examples lie inside the threat model around ``x``, up to ``tolerance``."""
@@ -106,14 +110,20 @@ class ThreatModel:
         inside = (length <= self.eps + tolerance) & still
         low, high = self.limits(x)
         if low is not None and high is not None:
+            low, high = torch.minimum(low, x), torch.maximum(high, x)
             inside &= ((moved >= low - tolerance) & (moved <= high + tolerance)).flatten(1).all(1)
         return inside
 
     def _box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         radius = self.eps * self.scale(x)
-        lower, upper = x - radius, x + radius
+        return self._within_bounds(x - radius, x), self._within_bounds(x + radius, x)
+
+    def _within_bounds(self, moved: Tensor, x: Tensor) -> Tensor:
         low, high = self.limits(x)
-        return (lower, upper) if low is None else (torch.maximum(lower, low), torch.minimum(upper, high))
+        if low is None or high is None:
+            return moved
+        # An input beyond a bound by rounding stays where it is: pulled back, an immutable feature would have moved.
+        return moved.clamp(torch.minimum(low, x), torch.maximum(high, x))
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A point drawn uniformly from the ball around ``x``, then brought within the bounds."""
@@ -190,9 +200,7 @@ def pgd(
             if box is not None:
                 moved = (moved + gradient.sign() * (step_size * scale)).clamp_(*box)
             else:
-                gradient = gradient * scale
-                length = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, *[1] * (x.dim() - 1))
-                moved = threat.project(moved + gradient / length * (step_size * scale), x)
+                moved = threat.project(moved + _unit(gradient * scale) * (step_size * scale), x)
     return moved.detach()
 
 
@@ -216,10 +224,19 @@ def fgsm(
     return pgd(loss, x, threat, 1, step_size, random_start, generator)
 
 
+def _unit(gradient: Tensor) -> Tensor:
+    """Each example's gradient at Euclidean length 1; 0 where it is 0."""
+    tiny, flat = torch.finfo(gradient.dtype).tiny, gradient.flatten(1)
+    # Confident examples have gradients near 1e-25: their squares would vanish, and with them the direction.
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(tiny)
+    return (flat / flat.norm(dim=1, keepdim=True).clamp_min(tiny)).reshape(gradient.shape)
+
+
 def _per_channel(value: float | Sequence[float] | None, x: Tensor, default: float) -> Tensor:
     values = torch.as_tensor(default if value is None else value, dtype=x.dtype, device=x.device)
     if values.dim() == 0:
         return values
     if x.dim() < 2 or len(values) != x.shape[1]:
-        raise ValueError(f"{len(values)} values of mean or std for inputs of shape {tuple(x.shape)}; give one a channel")
+        shape = tuple(x.shape)
+        raise ValueError(f"{len(values)} values of mean or std for inputs of shape {shape}; give one a channel")
     return values.reshape(1, -1, *[1] * (x.dim() - 2))

@@ -10,7 +10,7 @@ def example_losses(logits: Tensor, target: Tensor) -> Tensor:
     | ``logits``                | ``target``                     | loss                                      |
     |---------------------------|--------------------------------|-------------------------------------------|
     | ``(N, C, ...)``, C >= 2   | whole ``(N, ...)``             | softmax cross-entropy, summed over ``...`` |
-    | ``(N, C)``, C >= 2        | floating ``(N, C)``            | one sigmoid a column, summed (multi-label) |
+    | ``(N, C, ...)``, C >= 2   | floating ``(N, C, ...)``       | one sigmoid a logit, summed (multi-label) |
     | ``(N,)`` or ``(N, 1)``    | ``(N,)`` or ``(N, 1)`` in [0, 1] | sigmoid cross-entropy                     |
 
     Returns:
@@ -31,6 +31,8 @@ def example_losses(logits: Tensor, target: Tensor) -> Tensor:
         if target.numel() == len(logits):
             logits = logits.reshape(-1)
             return F.binary_cross_entropy_with_logits(logits, target.reshape(-1).to(logits), reduction="none")
+    elif logits.dim() < 2 or logits.shape[1] < 2:
+        pass  # cross-entropy over a single class would be 0, whatever the logits
     elif target.shape == logits.shape and target.is_floating_point():
         losses = F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
         return losses.flatten(1).sum(1)

@@ -76,7 +76,8 @@ def _drop_smallest(
 ) -> dict[str, Tensor]:
     scores = []
     for name, weight in weights.items():
-        score = weight.detach().abs().float().flatten().nan_to_num(nan=float("inf"))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        score = weight.detach().abs().to(wide).flatten().nan_to_num(nan=float("inf"))
         if masks is not None:
             score = score.masked_fill(~masks[name].flatten(), -1.0)  # below every magnitude: dropped first
         scores.append(score)
@@ -97,7 +98,9 @@ def pack_mask(mask: Tensor) -> Tensor:
         >>> pack_mask(torch.tensor([True, False, True]))
         tensor([5], dtype=torch.uint8)
     """
-    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    missing = -mask.numel() % 8
+    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, missing))
+    bits = bits.reshape((mask.numel() + missing) // 8, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 

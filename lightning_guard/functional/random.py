@@ -24,5 +24,5 @@ def stream(seed: int, *place: int, device: torch.device | str = "cpu") -> torch.
         False
     """
     # A hash, because neighbouring seeds of a Mersenne twister start out correlated.
-    digest = blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    digest = blake2b(repr((int(seed), *map(int, place))).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

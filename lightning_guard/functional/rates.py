@@ -16,7 +16,10 @@ def positive_scores(logits: Tensor, steepness: float | None = None) -> Tensor:
         logits: ``(N,)`` or ``(N, 1)`` for one logit, ``(N, C)`` for a logit a class.
         steepness: :math:`k` in :math:`\sigma(k z)`, or in the softmax of :math:`k z`. Large values follow the hard
             prediction closely and send gradients through examples near the boundary only. None gives the hard
-            predictions, 0 or 1, without a gradient.
+            predictions, 0 or 1, without a gradient; of equal logits the first class wins, as with ``argmax``.
+
+    Returns:
+        Scores ``(N, K)`` in [0, 1], in float32 or wider.
 
     Example:
         >>> positive_scores(torch.tensor([-1.0, 2.0])).tolist()
@@ -24,6 +27,7 @@ def positive_scores(logits: Tensor, steepness: float | None = None) -> Tensor:
         >>> positive_scores(torch.tensor([[0.0, 1.0, 5.0]])).tolist()
         [[0.0, 0.0, 1.0]]
     """
+    logits = logits if logits.dtype.itemsize > 2 else logits.float()  # half precision cannot count beyond 2048
     if logits.dim() == 1:
         logits = logits.unsqueeze(1)
     if logits.dim() != 2:
@@ -31,7 +35,7 @@ def positive_scores(logits: Tensor, steepness: float | None = None) -> Tensor:
     if logits.shape[1] == 2:
         logits = logits[:, 1:] - logits[:, :1]
     if logits.shape[1] == 1:
-        return (logits >= 0).to(logits) if steepness is None else torch.sigmoid(steepness * logits)
+        return (logits > 0).to(logits) if steepness is None else torch.sigmoid(steepness * logits)
     if steepness is None:
         return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits)
     return torch.softmax(steepness * logits, dim=1)
@@ -92,7 +96,7 @@ def rate_gaps(sums: Tensor, counts: Tensor) -> Tensor:
         tensor([0.5000])
     """
     if not counts.numel():
-        return sums.new_zeros(len(sums))
+        return sums.sum(1)  # zeros, still part of the graph
     present = counts > 0
     rates = sums / counts.clamp_min(torch.finfo(counts.dtype).tiny)
     gaps = rates.masked_fill(~present, -torch.inf).amax(1) - rates.masked_fill(~present, torch.inf).amin(1)
@@ -109,8 +113,8 @@ def group_gap(
     """The gap between groups in a fairness notion, hard by default and differentiable with a ``steepness``.
 
     The hard gap is what fairlearn calls ``demographic_parity_difference``, ``equal_opportunity_difference`` and
-    ``equalized_odds_difference`` (``agg="worst_case"``) wherever every rate can be estimated. With more than two classes it is
-    the worst over classes, each against the rest.
+    ``equalized_odds_difference`` (``agg="worst_case"``) wherever every rate can be estimated. With more than two
+    classes it is the worst over classes, each against the rest.
 
     Args:
         logits: ``(N,)`` or ``(N, 1)`` for one logit, ``(N, C)`` for a logit a class.

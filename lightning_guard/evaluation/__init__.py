@@ -1,0 +1,34 @@
+"""Evidence: what a finished model does, an evaluator an axis, whichever guards it was trained with.
+
+Example:
+    >>> import torch
+    >>> data = [(torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 0]))]
+    >>> subject = Subject(torch.nn.Linear(1, 1), data)
+    >>> evidence = Task().evaluate(subject) | Efficiency(latency=False).evaluate(subject)
+    >>> evidence.figures["efficiency/parameters"].value
+    2.0
+"""
+
+from lightning_guard.evaluation.base import Bars, Curve, Evaluator, Evidence, Figure
+from lightning_guard.evaluation.efficiency import Efficiency
+from lightning_guard.evaluation.fairness import Fairness
+from lightning_guard.evaluation.robustness import Robustness
+from lightning_guard.evaluation.subject import Subject
+from lightning_guard.evaluation.task import Task
+
+EVALUATORS: dict[str, type[Evaluator]] = {cls.name: cls for cls in (Task, Robustness, Fairness, Efficiency)}
+"""Every evaluator by its axis, in the order of display."""
+
+__all__ = [
+    "EVALUATORS",
+    "Bars",
+    "Curve",
+    "Efficiency",
+    "Evaluator",
+    "Evidence",
+    "Fairness",
+    "Figure",
+    "Robustness",
+    "Subject",
+    "Task",
+]
