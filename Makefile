@@ -24,11 +24,13 @@ demo: demo-fashion-mnist demo-adult  ## compare guarded with unguarded models, u
 	@echo; echo "The reports: demo/fashion-mnist/report.html and demo/adult/report.html"
 
 demo-fashion-mnist: $(READY)  ## robustness and size on Fashion-MNIST 7k
-	$(BIN)/lightning-guard compare --config demo/fashion-mnist --out demo/fashion-mnist --seeds 2 \
+	$(BIN)/lightning-guard compare --config demo/fashion-mnist --out demo/fashion-mnist --seeds 2 --workers 2 \
+	  --title "Fashion-MNIST 7k: robust and small" --guards.adversarial_training.steps 3 \
 	  --arm none --arm adversarial-training --arm pruning --arm robust-and-small
 
 demo-adult: $(READY)  ## fairness and size on Adult
-	$(BIN)/lightning-guard compare --config demo/adult --out demo/adult --seeds 3 \
+	$(BIN)/lightning-guard compare --config demo/adult --out demo/adult --seeds 3 --workers 2 \
+	  --title "Adult: fair and small" \
 	  --arm none --arm fairness --arm pruning --arm fair-and-small
 
 test: $(READY)  ## the tests and every example in the documentation

@@ -22,10 +22,11 @@ _SECONDS = 0.2  # how long each batch size is timed
 
 
 class Efficiency:
-    """Measures parameters, sparsity, file size, multiplications and latency.
+    """Measures parameters, sparsity, file size, multiplications and, if asked, latency.
 
     Args:
-        latency: time the model as well, in eager torch on the machine at hand; takes about half a second.
+        latency: time the model as well, in eager torch on the machine at hand, for half a second. Off by default:
+            beside other work, as in a comparison with several workers, the clock says more about that work.
 
     | case                              | result                                         |
     |-----------------------------------|------------------------------------------------|
@@ -47,7 +48,7 @@ class Efficiency:
 
     name: ClassVar[str] = "efficiency"
 
-    def __init__(self, latency: bool = True):
+    def __init__(self, latency: bool = False):
         self.latency = latency
 
     def evaluate(self, subject: Subject) -> Evidence:

@@ -347,7 +347,7 @@ def _document(
         }
 
     guards = {result["arm"]: result["guards"] for result in results}
-    data = next((result["data"] for result in results), {"name": ""})
+    data: dict[str, Any] = next((result["data"] for result in results), {"name": ""})
     return {
         "schema": 1,
         "title": title,

@@ -75,9 +75,9 @@ def test_what_decides_a_run_decides_whether_it_is_kept(tmp_path, monkeypatch):
     fit = pl.Trainer.fit
     monkeypatch.setattr(pl.Trainer, "fit", lambda self, *a, **k: counted.append(1) or fit(self, *a, **k))
 
-    def run(own, trainer=TRAINER, judges=(Task(),), net=PlainNet):
+    def run(own, trainer=TRAINER, more=(), net=PlainNet):
         counted.clear()
-        lg.compare(net, Data, own, trainer, seeds=1, evaluators=judges, folder=tmp_path)
+        lg.compare(net, Data, own, trainer, seeds=1, evaluators=[Task(), *more], folder=tmp_path)
         return len(counted)
 
     own = {"none": [], "small": [MagnitudePruning(0.5)]}
@@ -86,8 +86,8 @@ def test_what_decides_a_run_decides_whether_it_is_kept(tmp_path, monkeypatch):
     assert run({**own, "small": [MagnitudePruning(0.6)]}) == 1  # an option of a guard
     assert run(own | {"more": [MagnitudePruning(0.9)]}) == 2  # a further arm, and the option changed back
     assert run(own, {**TRAINER, "max_epochs": 1}) == 2  # the training
-    assert run(own, {**TRAINER, "max_epochs": 1}, (Task(), Fairness())) == 2  # the evidence
-    assert run(own, {**TRAINER, "max_epochs": 1}, (Task(), Fairness()), lambda: PlainNet(lr=0.01)) == 2  # the model
+    assert run(own, {**TRAINER, "max_epochs": 1}, [Fairness()]) == 2  # the evidence
+    assert run(own, {**TRAINER, "max_epochs": 1}, [Fairness()], lambda: PlainNet(lr=0.01)) == 2  # the model
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):
@@ -146,10 +146,9 @@ def test_impossible_comparisons_are_refused(tmp_path):
 
 def test_workers_share_the_runs(tmp_path):
     """From the command line, in two processes; the report is that of one process but for the time that it took."""
-    command = [
-        sys.executable, "-m", "lightning_guard", "compare", "--config", "demo/adult", "--arm", "none", "--arm", "pruning",
-        "--seeds", "2", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "12",
-    ]  # fmt: skip
+    options = "--config demo/adult --arm none --arm pruning --seeds 2"
+    short = "--trainer.max_epochs 1 --trainer.limit_train_batches 12"
+    command = [sys.executable, "-m", "lightning_guard", "compare", *options.split(), *short.split()]
     for workers in ("1", "2"):
         done = subprocess.run(
             [*command, "--workers", workers, "--out", workers], capture_output=True, text=True, check=False, timeout=300
