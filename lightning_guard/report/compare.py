@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -176,12 +176,16 @@ def _all(runs: "Sequence[_Run]", workers: int, argv: Sequence[str] | None) -> No
         TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
         TimeElapsedColumn(),
     )
-    helpers: list[subprocess.Popen[bytes]] = []
-    if argv is not None:
-        helpers = [
-            subprocess.Popen([*argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            for _ in range(min(workers, missing) - 1)
-        ]
+    helpers: list[tuple[subprocess.Popen[bytes], Any]] = []  # with what each says, in a file: a full pipe would stop it
+    threads = torch.get_num_threads()
+    if argv is not None and min(workers, missing) > 1:
+        # Processes that each take every core wait for one another: the same work took twenty times as long.
+        share = max(1, min(threads, (os.cpu_count() or 1) // workers))
+        torch.set_num_threads(share)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(share)}
+        for _ in range(min(workers, missing) - 1):
+            said = tempfile.TemporaryFile()  # noqa: SIM115  closed below, with its process
+            helpers.append((subprocess.Popen([*argv], stdout=said, stderr=said, env=environment), said))
     try:
         with Progress(*columns, console=console, transient=False) as progress:
             bar = progress.add_task("comparing", total=len(runs), completed=len(runs) - missing)
@@ -198,22 +202,27 @@ def _all(runs: "Sequence[_Run]", workers: int, argv: Sequence[str] | None) -> No
                 if run.result() is None and run.claim():
                     look(f"{run.arm.name}, seed {run.seed}")
                     run.carry_out(_Epochs(look, run))
-            while len(told) < len(runs):
-                look("waiting for the other processes" if helpers else None)
-                for helper in helpers:
-                    if helper.poll():
-                        error = helper.stderr.read().decode(errors="replace") if helper.stderr else ""
-                        raise RuntimeError(f"a worker of the comparison failed:\n{error[-4000:]}")
+            while any(helper.poll() is None for helper, _ in helpers):
+                look("waiting for the other processes")
                 time.sleep(0.3)
+            look()
+        for helper, said in helpers:
+            if helper.returncode:
+                said.seek(0)
+                raise RuntimeError(
+                    f"a worker of the comparison failed:\n{said.read().decode(errors='replace')[-4000:]}"
+                )
     except (KeyboardInterrupt, SystemExit):
         console.print(
             f"Interrupted. Finished runs are kept in {runs[0].folder.parent.parent}; the same command goes on."
         )
         raise KeyboardInterrupt from None
     finally:
-        for helper in helpers:
-            helper.terminate() if helper.poll() is None and sys.exc_info()[0] else None
+        for helper, said in helpers:
+            helper.terminate()  # has ended by itself unless this process was stopped
             helper.wait()
+            said.close()
+        torch.set_num_threads(threads)
 
 
 class _Epochs(pl.Callback):

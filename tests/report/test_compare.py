@@ -1,6 +1,7 @@
 """Comparisons share what they must, survive interrupts, and never run twice what is there."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,10 +150,10 @@ def test_workers_share_the_runs(tmp_path):
     options = "--config demo/adult --arm none --arm pruning --seeds 2"
     short = "--trainer.max_epochs 1 --trainer.limit_train_batches 12"
     command = [sys.executable, "-m", "lightning_guard", "compare", *options.split(), *short.split()]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads in their last bits
     for workers in ("1", "2"):
-        done = subprocess.run(
-            [*command, "--workers", workers, "--out", workers], capture_output=True, text=True, check=False, timeout=300
-        )
+        own = [*command, "--workers", workers, "--out", workers]
+        done = subprocess.run(own, capture_output=True, text=True, check=False, timeout=300, env=one_thread)
         assert done.returncode == 0, done.stderr
     one, two = (json.loads(Path(workers, "report.json").read_text())["runs"] for workers in ("1", "2"))
     for first, second in zip(one, two, strict=True):
