@@ -1,6 +1,6 @@
 """What guards cost a step: against loops written by hand and against plain Lightning, in one process, interleaved.
 
-    python benchmarks/step_cost.py [--repeats 9] [--steps 30] [--batch-size 128]
+    python benchmarks/step_cost.py [--model cnn|mlp|transformer] [--repeats 9] [--steps 30] [--batch-size 128]
 
 Prints processor time of one thread a step and ratios as median [min, max] over the repeats; each repeat runs all
 variants in turn, and a ratio is taken within its repeat, so a machine whose speed drifts does not decide it.
@@ -18,9 +18,22 @@ import torch.nn.functional as F
 
 from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
 from lightning_guard.data import FashionMNISTData
-from lightning_guard.models import SmallCNN
+from lightning_guard.models import MLP, SmallCNN, SmallTransformer
 
 EPS, STEPS = 0.1, 7
+
+
+class FlatMLP(MLP):
+    """784-1024-1024-10 on flattened images."""
+
+    def __init__(self):
+        super().__init__(784, [1024, 1024], num_classes=10)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+MODELS = {"cnn": SmallCNN, "mlp": FlatMLP, "transformer": SmallTransformer}
 
 
 class Clock(pl.Callback):
@@ -56,20 +69,20 @@ class Listed(torch.utils.data.Dataset):
         return self.made[i]
 
 
-def by_lightning(made, callbacks):
+def by_lightning(model, made, callbacks):
     clock = Clock()
     trainer = pl.Trainer(
         max_epochs=1, callbacks=[*callbacks, clock], logger=False, enable_checkpointing=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     pl.seed_everything(0, verbose=False)
-    trainer.fit(SmallCNN(), torch.utils.data.DataLoader(Listed(made), batch_size=None))
+    trainer.fit(model(), torch.utils.data.DataLoader(Listed(made), batch_size=None))
     return clock.per_step
 
 
-def by_hand(made, attack):
+def by_hand(model, made, attack):
     torch.manual_seed(0)
-    model = SmallCNN()
+    model = model()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     alpha = 2.5 * EPS / STEPS
     for i, (x, y) in enumerate(made):
@@ -101,23 +114,27 @@ def main():
     parser.add_argument("--repeats", type=int, default=9, help="rounds over all variants")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of a variant in a round")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    parser.add_argument("--model", choices=MODELS, default="cnn", help="which network")
     options = parser.parse_args()
+    model = MODELS[options.model]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     made = batches(options.steps + 5, options.batch_size)
     grouped = [(x, y, y % 2) for x, y in made]
     variants = {
-        "hand-written standard step": lambda: by_hand(made, attack=False),
-        "hand-written PGD-7": lambda: by_hand(made, attack=True),
-        "Lightning standard step": lambda: by_lightning(made, []),
-        "idle guards": lambda: by_lightning(made, idle()),
-        "AdversarialTraining PGD-7": lambda: by_lightning(made, [AdversarialTraining(EPS, bounds=(0.0, 1.0))]),
+        "hand-written standard step": lambda: by_hand(model, made, attack=False),
+        "hand-written PGD-7": lambda: by_hand(model, made, attack=True),
+        "Lightning standard step": lambda: by_lightning(model, made, []),
+        "idle guards": lambda: by_lightning(model, made, idle()),
+        "AdversarialTraining PGD-7": lambda: by_lightning(model, made, [AdversarialTraining(EPS, bounds=(0.0, 1.0))]),
         "AdversarialTraining FGSM": lambda: by_lightning(
-            made, [AdversarialTraining(EPS, method="fgsm", bounds=(0.0, 1.0))]
+            model, made, [AdversarialTraining(EPS, method="fgsm", bounds=(0.0, 1.0))]
         ),
-        "FairnessRegularization": lambda: by_lightning(grouped, [FairnessRegularization()]),
-        "MagnitudePruning": lambda: by_lightning(made, [MagnitudePruning(0.8, start=0, end=options.steps, every=10)]),
+        "FairnessRegularization": lambda: by_lightning(model, grouped, [FairnessRegularization()]),
+        "MagnitudePruning": lambda: by_lightning(
+            model, made, [MagnitudePruning(0.8, start=0, end=options.steps, every=10)]
+        ),
     }
     seconds = {name: [] for name in variants}
     for _ in range(options.repeats):

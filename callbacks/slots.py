@@ -3,7 +3,6 @@
 Slots, not a list, because lists of callbacks in two files silently replace each other while slots merge key by key.
 """
 
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
@@ -12,13 +11,8 @@ from lightning_guard.guard import Guard
 GROUP = "lightning_guard.guards"  # the entry points by which other packages add slots of their own
 
 
-@dataclass
-class Guards:
-    """The safeguards of this package. The field is the guard's name."""
-
-    adversarial_training: AdversarialTraining | None = None
-    fairness: FairnessRegularization | None = None
-    magnitude_pruning: MagnitudePruning | None = None
+OURS: tuple[type[Guard], ...] = (AdversarialTraining, FairnessRegularization, MagnitudePruning)
+TAKEN = "batch"  # under `guards:` it says how a batch is read, for all of them
 
 
 def slots() -> dict[str, type[Guard]]:
@@ -27,16 +21,14 @@ def slots() -> dict[str, type[Guard]]:
     Raises:
         TypeError: if an entry point is no guard, or its name is not the guard's or is taken.
     """
-    found: dict[str, type[Guard]] = {
-        cls.name: cls for cls in (AdversarialTraining, FairnessRegularization, MagnitudePruning)
-    }
+    found = {cls.name: cls for cls in OURS}
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         cls = point.load()
         if not (isinstance(cls, type) and issubclass(cls, Guard)):
             raise TypeError(
                 f"entry point {point.name} = {point.value} of group {GROUP} is no Guard; remove its package"
             )
-        if cls.name != point.name or (point.name in found and found[point.name] is not cls):
+        if cls.name != point.name or point.name == TAKEN or found.get(point.name, cls) is not cls:
             raise TypeError(
                 f"entry point {point.name} = {point.value} of group {GROUP} must carry the name of its guard "
                 f"({cls.name!r}), and no other guard may have it; rename it or remove its package"

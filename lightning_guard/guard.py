@@ -118,6 +118,11 @@ class Step:
     def group(self) -> Tensor:
         """The group of each example, whole numbers ``(N,)``; -1 where unknown (negative or NaN)."""
         group = self._read("group")
+        if not isinstance(group, Tensor):
+            raise GuardConflict(
+                f"the group is a {type(group).__name__}, not a tensor of whole numbers; say where it is with "
+                "Batch(group=...), and mind that several loaders give a batch of batches"
+            )
         if group.dim() == 2 and group.shape[1] == 1:
             group = group[:, 0]
         if group.dim() != 1:
@@ -153,15 +158,15 @@ class Step:
         """
         described: Tensor | None = said(self.module, "guard_logits", self.output)
         if described is not None:
-            return described
+            return no_probabilities(described)
         if isinstance(self.output, Mapping):
             for key in ("logits", "preds"):
                 value = self.output.get(key)
                 if isinstance(value, Tensor) and value.requires_grad:
-                    return value
+                    return no_probabilities(value)
         found = [logits for logits in map(logits_in, self.forwards) if logits is not None]
         if len(found) == 1:
-            return found[0]
+            return no_probabilities(found[0])
         where = f"submodule {self.run.batch.logits!r}" if self.run.batch.logits else type(self.module).__name__
         problem = "was called and returned no logits" if self.forwards else "was not called"
         problem = f"gave logits {len(found)} times" if found else problem
@@ -180,7 +185,7 @@ class Step:
         from lightning_guard.functional import example_losses
 
         described: Tensor | None = said(self.module, "guard_losses", logits, target)
-        return example_losses(logits, target) if described is None else described
+        return example_losses(no_probabilities(logits), target) if described is None else described
 
     @contextmanager
     def probe(self) -> Iterator[None]:
@@ -285,8 +290,9 @@ class Guard(pl.Callback):
     def report(self, module: pl.LightningModule, **figures: float | Tensor) -> None:
         """Log figures as ``guard/<name>/<figure>``, averaged over an epoch's steps, for loggers and EarlyStopping."""
         for figure, value in figures.items():
-            # batch_size=1: a figure of the step, not of its examples.
-            module.log(f"guard/{self.name}/{figure}", value, on_step=False, on_epoch=True, batch_size=1)
+            # batch_size=1: a figure of the step, not of its examples. Ranks meet once, at the end of the epoch.
+            key = f"guard/{self.name}/{figure}"
+            module.log(key, value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     @property
     def promise(self) -> str:
@@ -307,11 +313,12 @@ class Guard(pl.Callback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for hook in ("setup", "teardown", "on_exception", "on_fit_start", "on_load_checkpoint"):
+        instead_of = {
+            "setup": "begin", "on_fit_start": "begin", "on_load_checkpoint": "restore", "on_save_checkpoint": "state",
+            "teardown": "release", "on_exception": "release",
+        }  # fmt: skip
+        for hook, instead in instead_of.items():
             if hook in vars(cls):
-                instead = {"setup": "begin", "on_fit_start": "begin", "on_load_checkpoint": "restore"}.get(
-                    hook, "release"
-                )
                 raise TypeError(
                     f"{cls.__name__} overrides {hook}, which installs the guards; override {instead} instead"
                 )
@@ -321,6 +328,9 @@ class Guard(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from lightning_guard.pipeline import Pipeline  # the contract must not depend on what runs it
 
+        if self._pipeline is not None:  # of a run that failed so badly that Lightning never told us
+            self._pipeline.close(finished=False)
+            self._pipeline = None
         guards = [callback for callback in callbacks_of(trainer) if isinstance(callback, Guard)]
         guards.sort(key=lambda guard: (guard.phase, guard.name))
         if guards[0] is self:
@@ -333,7 +343,22 @@ class Guard(pl.Callback):
         if self._pipeline is not None:
             self._pipeline.restore(checkpoint)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        from lightning_guard.pipeline import remember
+
+        remember(pl_module, checkpoint)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from lightning_guard.pipeline import current
+
+        pipeline = current(pl_module)
+        if pipeline is None or all(guard is not self for guard in pipeline.guards):
+            raise GuardConflict(
+                f"{self.name} was added to the callbacks after the run was set up, so it does not act; give it to the "
+                "Trainer, or return it from configure_callbacks"
+            )
         if self._pipeline is not None:
             self._pipeline.begin()
 
@@ -345,8 +370,7 @@ class Guard(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Lightning skips teardown when training fails (Lightning-AI/pytorch-lightning#19594).
         if self._pipeline is not None:
-            pipeline, self._pipeline = self._pipeline, None
-            pipeline.close(finished=False)
+            self._pipeline.fail(then=lambda: setattr(self, "_pipeline", None))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_pipeline"}
@@ -371,6 +395,24 @@ def logits_in(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 0 else None
 
 
+_PROBABILITIES = ("SigmoidBackward0", "SoftmaxBackward0")
+_SAME_VALUES = ("SqueezeBackward", "UnsqueezeBackward", "ViewBackward", "ReshapeAliasBackward", "ToCopyBackward")
+
+
+def no_probabilities(logits: Tensor) -> Tensor:
+    """The logits; refused if their graph says that they are probabilities already, which nobody means to pass on."""
+    node = logits.grad_fn
+    while node is not None and type(node).__name__.startswith(_SAME_VALUES):
+        node = node.next_functions[0][0]
+    if type(node).__name__ in _PROBABILITIES:
+        raise GuardConflict(
+            "what should be logits are probabilities, the output of a sigmoid or softmax, so gradients and decisions "
+            "would be wrong; name the submodule before it with Batch(logits=...), return {'loss': ..., 'logits': ...} "
+            "from training_step, or say them with GuardMixin (guard_forward, guard_logits)"
+        )
+    return logits
+
+
 @contextmanager
 def still(module: nn.Module, metrics: Sequence[nn.Module]) -> Iterator[None]:
     """Passes through ``module`` inside this block log nothing, count in no metric and change no buffer or generator."""
@@ -388,9 +430,10 @@ def still(module: nn.Module, metrics: Sequence[nn.Module]) -> Iterator[None]:
             layer.dropout, layer.training = 0.0, True
         for metric in metrics:
             undo.callback(vars(metric).update, _metric_state(metric))
-        for method in ("log", "log_dict"):
-            if hasattr(module, method):
-                swap(undo, module, method, lambda old: lambda *args, **kwargs: None)
+        for layer in module.modules():  # a LightningModule within another logs too
+            for method in ("log", "log_dict"):
+                if hasattr(type(layer), method):
+                    swap(undo, layer, method, lambda old: lambda *args, **kwargs: None)
         yield
 
 

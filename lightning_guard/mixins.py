@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lightning_guard.batch import Batch
-from lightning_guard.guard import Guard, Run, Step
+from lightning_guard.guard import Guard, GuardConflict, Run, Step, callbacks_of
 from lightning_guard.pipeline import current
 
 _carried: "WeakKeyDictionary[Any, list[Guard]]" = WeakKeyDictionary()
@@ -71,4 +71,11 @@ class GuardMixin:
     def configure_callbacks(self) -> list[Any]:
         """Lightning's hook: the guards that come with the class, the same ones for every stage of this module."""
         own = _carried.setdefault(self, [deepcopy(guard) for guard in self.guards])
+        trainer = getattr(self, "_trainer", None)
+        given = [guard for guard in callbacks_of(trainer) if isinstance(guard, Guard)] if trainer is not None else []
+        for guard in given:  # Lightning would put the class's in its place and only print a line
+            if any(type(guard) is type(mine) and guard is not mine for mine in own):
+                raise GuardConflict(
+                    f"{guard.name} is given to the Trainer and comes with {type(self).__name__} too; keep one of them"
+                )
         return [*super().configure_callbacks(), *own]  # type: ignore[misc]

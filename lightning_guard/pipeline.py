@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import pytorch_lightning as pl
 import torch
@@ -14,13 +14,22 @@ from torch import Tensor
 
 from lightning_guard.batch import Batch
 from lightning_guard.composition import judge
-from lightning_guard.guard import Guard, GuardConflict, Run, Step, swap
+from lightning_guard.guard import Guard, GuardConflict, Run, Step, callbacks_of, swap
 
 SECTION = "lightning_guard"  # of a checkpoint: {"version": 1, "steps": ..., "guards": {name: state}}
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 _STEPS = ("validation_step", "test_step", "predict_step")
 
 _current: "WeakKeyDictionary[pl.LightningModule, Pipeline]" = WeakKeyDictionary()
+
+
+_ended: "WeakKeyDictionary[pl.LightningModule, tuple[ReferenceType[pl.Trainer], dict[str, Any]]]" = WeakKeyDictionary()
+
+
+def remember(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Put into a checkpoint written after training what the guards of that training left."""
+    if module in _ended and current(module) is None:
+        checkpoint.setdefault(SECTION, _ended[module][1])
 
 
 def current(module: pl.LightningModule) -> "Pipeline | None":
@@ -34,6 +43,10 @@ class Pipeline(Run):
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, guards: Sequence[Guard]):
         super().__init__(trainer, module, guards)
         self.undo = ExitStack()
+        self._undo_saving = ExitStack()  # outlives a failure, see `fail`
+        self._stage = ""
+        self._began = False
+        self._section: Mapping[str, Any] | None = None  # of the checkpoint to resume from
         self.step: Step | None = None  # the step that is running
         self.manual: Step | None = None  # what a manual training_step asked for
         self._moved: dict[Any, Any] = {}
@@ -44,6 +57,7 @@ class Pipeline(Run):
         Raises:
             GuardConflict: with every problem of this run.
         """
+        self._stage = stage
         problems = list(self._problems(stage))
         if problems:
             raise GuardConflict(problems)
@@ -59,7 +73,7 @@ class Pipeline(Run):
         _current[self.module] = self
         self.undo.callback(_current.pop, self.module, None)
         strategy = self.trainer.strategy
-        swap(self.undo, strategy, "save_checkpoint", self._saving)
+        swap(self._undo_saving, strategy, "save_checkpoint", self._saving)
         if self._acting("on_loader"):
             swap(self.undo, strategy, "process_dataloader", self._loading)
         if self._acting("on_batch") or self._acting("on_loss") or self._withholds:
@@ -69,7 +83,7 @@ class Pipeline(Run):
             swap(self.undo, strategy.precision_plugin, "backward", self._differentiating)
 
     def begin(self) -> None:
-        """Model and optimizers are there, states are restored."""
+        """Model and optimizers are there; the guards take up their states and begin."""
         if self._moved:
             # LightningCLI builds optimizers before a rewrite (Lightning-AI/pytorch-lightning#19110).
             for optimizer in self.trainer.optimizers:
@@ -81,18 +95,59 @@ class Pipeline(Run):
             swap(self.undo, source, "forward", self._recording)
             if getattr(source, "_compiler_ctx", None):  # a compiled step calls the class's forward, and hooks
                 self.undo.callback(source.register_forward_hook(lambda _, __, output: self._record(output)).remove)
+        section = self._continued() if self._section is None else self._section
+        if section is not None:
+            self.steps = section["steps"]
         for guard in self.guards:
+            # Right before it begins: what a run restored and never used must not reach the next one.
+            if section is not None and guard.name in section["guards"]:
+                guard.restore(section["guards"][guard.name])
             guard.begin(self)
+        self._began = True
         if self._acting("on_weights"):
             for optimizer in self.trainer.optimizers:
                 self.undo.callback(optimizer.register_step_post_hook(self._stepped).remove)
 
     def close(self, finished: bool) -> None:
         """Put everything back; release the model if training ended well."""
-        with self.undo:
+        self._end()
+        with self._undo_saving, self.undo:
             if finished:
                 for guard in reversed(self.guards):
                     guard.release(self.module)
+
+    def fail(self, then: Callable[[], None]) -> None:
+        """Put everything back but the saving of checkpoints, whose turn on an exception comes after the guards'."""
+        self._end()
+        self._undo_saving.callback(then)
+
+        def telling(old: Callable[..., None]) -> Callable[..., None]:
+            @wraps(old)
+            def on_exception(*args: Any, **kwargs: Any) -> None:
+                with self._undo_saving:
+                    old(*args, **kwargs)
+
+            return on_exception
+
+        with self.undo:
+            if self._stage == "fit":
+                swap(self._undo_saving, self.trainer.strategy, "on_exception", telling)  # told last of all
+            else:
+                self._undo_saving.close()
+
+    def _end(self) -> None:
+        if self._began:
+            _ended[self.module] = ref(self.trainer), self._states()
+
+    def _continued(self) -> Mapping[str, Any] | None:
+        """What an earlier fit of this module left, if this Trainer goes on counting where that one stopped."""
+        trainer, section = _ended.get(self.module, (None, None))
+        if section is None or trainer is None or trainer() is not self.trainer or not self.trainer.global_step:
+            return None
+        problems = list(missing_guards(section, [guard.name for guard in self.guards]))
+        if problems:
+            raise GuardConflict(problems)
+        return section
 
     # Checks -----------------------------------------------------------------------------------------------------
 
@@ -106,10 +161,19 @@ class Pipeline(Run):
         yield from self._agree_on_batch()
         yield from judge(self)
         if stage == "fit":
+            yield from self._tries_out()
             yield from self._cannot_step()
         for guard in self.guards:
             for problem in guard.problems(self) if stage == "fit" else ():
                 yield f"{guard.name}: {problem}"
+
+    def _tries_out(self) -> Iterator[str]:
+        for callback in callbacks_of(self.trainer):
+            for name in {"LearningRateFinder", "BatchSizeFinder"} & {cls.__name__ for cls in type(callback).__mro__}:
+                yield (
+                    f"{name} trains within a training and rewinds it, and the guards' schedules would follow neither; "
+                    "run it (or Tuner) with a Trainer without guards, then set what it found"
+                )
 
     def _agree_on_batch(self) -> Iterator[str]:
         said = {guard.name: guard.batch for guard in self.guards if guard.batch is not None}
@@ -188,6 +252,8 @@ class Pipeline(Run):
     def _stepping(self, old: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(old)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.trainer.training:  # a validation_step that calls training_step; it has the batch it should
+                return old(batch, *args, **kwargs)
             if not self.module.automatic_optimization:
                 return self._step_manually(old, batch, args, kwargs)
             with self._one_step(batch) as step:
@@ -242,8 +308,15 @@ class Pipeline(Run):
 
     def take_manual_step(self, batch: Any) -> Step:
         """What ``GuardMixin.guard_step`` gives: the running step with its batch transformed."""
-        step = self.step if self.step is not None else Step(self, batch)
-        step.batch, self.manual = batch, step
+        step = Step(self, batch)
+        if not self.trainer.training:  # a validation_step that shares code with training_step
+            return step
+        if self.module.automatic_optimization:
+            raise GuardConflict(
+                f"{type(self.module).__name__} optimises automatically, where the guards change batch and loss by "
+                "themselves, and calls guard_step, so they would do it twice; leave out guard_step and guard_loss"
+            )
+        self.step = self.manual = step  # a new one each time: an earlier one keeps its batch
         for guard in self._acting("on_batch"):
             step.batch = guard.on_batch(step)
         return step
@@ -251,6 +324,8 @@ class Pipeline(Run):
     def take_manual_loss(self, step: Step, loss: Tensor, logits: Tensor | None) -> Tensor:
         """What ``GuardMixin.guard_loss`` gives: the loss transformed."""
         step.loss, step.output = loss, {"logits": logits}
+        if not self.trainer.training:
+            return loss
         for guard in reversed(self._acting("on_loss")):
             step.loss = guard.on_loss(step)
         return step.loss
@@ -291,11 +366,13 @@ class Pipeline(Run):
             # At the last moment: after averaging callbacks have put their weights in, and for weights-only files too.
             for guard in reversed(self._acting("on_checkpoint")):
                 guard.on_checkpoint(checkpoint["state_dict"])
-            states = {guard.name: guard.state() for guard in self.guards}
-            checkpoint[SECTION] = {"version": 1, "steps": self.steps, "guards": states}
+            checkpoint[SECTION] = self._states()
             old(checkpoint, *args, **kwargs)
 
         return save_checkpoint
+
+    def _states(self) -> dict[str, Any]:
+        return {"version": 1, "steps": self.steps, "guards": {guard.name: guard.state() for guard in self.guards}}
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Take up a guarded training where its checkpoint left it.
@@ -304,15 +381,12 @@ class Pipeline(Run):
             GuardConflict: if a guard of the checkpoint is not here.
         """
         section = checkpoint.get(SECTION)
-        if section is None:
+        if section is None or self._stage != "fit":
             return
         problems = list(missing_guards(section, [guard.name for guard in self.guards]))
         if problems:
             raise GuardConflict(problems)
-        self.steps = section["steps"]
-        for guard in self.guards:
-            if guard.name in section["guards"]:
-                guard.restore(section["guards"][guard.name])
+        self._section = section
 
 
 def missing_guards(section: Mapping[str, Any], present: Iterable[str]) -> Iterator[str]:

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightning_guard import __version__
 from lightning_guard.batch import Batch
 from lightning_guard.evaluation import EVALUATORS, Evaluator, Evidence, Figure, Subject
 from lightning_guard.guard import Guard, callbacks_of
@@ -31,7 +32,7 @@ from lightning_guard.report.witness import Withholding, Witness
 
 Parts = tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]
 
-_PACKAGES = ("lightning-guard", "torch", "pytorch-lightning", "torchmetrics", "opacus", "fairlearn", "numpy")
+_PACKAGES = ("torch", "pytorch-lightning", "torchmetrics", "opacus", "fairlearn", "numpy")
 _LIMITS = (
     "Every figure is of this data, these networks and these seeds; another data set may order the arms differently.",
     "Accuracy under PGD is an upper bound: a stronger attack can only lower it. The standard is AutoAttack.",
@@ -92,7 +93,8 @@ def compare(
     def building(own: Sequence[pl.Callback]) -> Callable[[list[pl.Callback]], Parts]:
         def build(callbacks: list[pl.Callback]) -> Parts:
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            added = [*copy.deepcopy(list(own)), *options.get("callbacks", ()), *callbacks]
+            # Copies: what an EarlyStopping remembers of one run must not stop the next.
+            added = [*copy.deepcopy([*own, *(options.get("callbacks") or ())]), *callbacks]
             return (
                 pl.Trainer(**{**quiet, "enable_model_summary": False, **options, "callbacks": added}),
                 module(),
@@ -108,6 +110,7 @@ def compare(
         dict(model.hparams),
         dict(data().hparams),
         {k: v for k, v in options.items() if k != "callbacks"},
+        _describe(options.get("callbacks") or ()),
     ]
     compare_arms(
         [Arm(name, building(own), {}, _plain_text([common, described[name]])) for name, own in arms.items()],
@@ -427,7 +430,7 @@ def _sha256(text: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in _PACKAGES}
+    return {"lightning-guard": __version__, **{name: version(name) for name in _PACKAGES}}
 
 
 def _git() -> str | None:
