@@ -8,6 +8,7 @@ variants in turn, and a ratio is taken within its repeat, so a machine whose spe
 
 import argparse
 import logging
+import random
 import statistics
 import time
 import warnings
@@ -114,6 +115,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=9, help="rounds over all variants")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of a variant in a round")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    parser.add_argument("--only", nargs="*", help="these variants, and the standard step of Lightning")
     parser.add_argument("--model", choices=MODELS, default="cnn", help="which network")
     options = parser.parse_args()
     model = MODELS[options.model]
@@ -126,6 +128,7 @@ def main():
         "hand-written standard step": lambda: by_hand(model, made, attack=False),
         "hand-written PGD-7": lambda: by_hand(model, made, attack=True),
         "Lightning standard step": lambda: by_lightning(model, made, []),
+        "Lightning standard step again": lambda: by_lightning(model, made, []),
         "idle guards": lambda: by_lightning(model, made, idle()),
         "AdversarialTraining PGD-7": lambda: by_lightning(model, made, [AdversarialTraining(EPS, bounds=(0.0, 1.0))]),
         "AdversarialTraining FGSM": lambda: by_lightning(
@@ -136,19 +139,20 @@ def main():
             model, made, [MagnitudePruning(0.8, start=0, end=options.steps, every=10)]
         ),
     }
+    if options.only:
+        variants = {name: run for name, run in variants.items() if name in ("Lightning standard step", *options.only)}
     seconds = {name: [] for name in variants}
     for _ in range(options.repeats):
-        for name, run in variants.items():
-            seconds[name].append(run())
+        for name in random.sample(list(variants), len(variants)):  # or a place in the row would count as a cost
+            seconds[name].append(variants[name]())
     print(f"{'':34}{'ms a step':>10}    ratio, median [min, max]")
+    reference = ("hand-written standard step", "Lightning standard step")
     compared = {
         "AdversarialTraining PGD-7": ["hand-written PGD-7", "Lightning standard step"],
         "hand-written PGD-7": ["hand-written standard step"],
     }
     for name in variants:
-        against = compared.get(
-            name, [] if "hand" in name or name == "Lightning standard step" else ["Lightning standard step"]
-        )
+        against = compared.get(name, [] if name in reference else ["Lightning standard step"])
         ratios = []
         for other in against:
             values = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]

@@ -86,7 +86,14 @@ def _drop_smallest(
     merged = torch.cat(scores)
     kept = torch.ones_like(merged, dtype=torch.bool)
     dropped = max(round(sparsity * len(merged)), int((merged < 0).sum()))
-    kept[merged.argsort(stable=True)[:dropped]] = False
+    if dropped:
+        # Selection, not sorting: linear in the number of weights, and this runs every few steps.
+        threshold = merged.kthvalue(dropped).values
+        kept = merged > threshold
+        surplus = int((~kept).sum()) - dropped
+        if surplus:  # equal magnitudes at the threshold: the last of them are kept
+            ties = (merged == threshold).nonzero().flatten()
+            kept[ties[-surplus:]] = True
     parts = kept.split([score.numel() for score in scores])
     return {name: part.reshape(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
 
