@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_guard.functional import ThreatModel, pgd, stream
@@ -44,6 +46,7 @@ class AdversarialTraining(Guard):
     | ``eps=0``                                | training is bit-identical to training without the guard |
     | inputs outside ``bounds``                | refused on the first batch, with their range         |
     | inputs that are not floating point       | refused on the first batch                           |
+    | training ends within ``warmup``          | refused if it can be known, else a warning at the end |
     | ``training_step`` returns None           | the batch is skipped, as without the guard           |
 
     Raises:
@@ -93,6 +96,7 @@ class AdversarialTraining(Guard):
         self._seed = 0
         self._restored: int | None = None
         self._warmup: int | None = None
+        self._reached = 0.0  # fraction of eps that the attack last used
         self._checked = False
 
     def options(self) -> dict[str, Any]:
@@ -104,6 +108,11 @@ class AdversarialTraining(Guard):
                 f"warmup={self.warmup} is a fraction of a training without end; "
                 "set max_epochs or max_steps on the Trainer, or give optimizer steps"
             )
+        if self.threat.eps and isinstance(self.warmup, int) and 0 <= run.trainer.max_steps < self.warmup:
+            yield (
+                f"warmup={self.warmup} ends after the last optimizer step, max_steps={run.trainer.max_steps}, so "
+                f"eps={self.threat.eps} is never reached; train longer or give a shorter warmup"
+            )
         if self.threat.eps and run.trainer.precision in ("16-mixed", "16-true") and self.threat.norm == "l2":
             yield (
                 "norm='l2' squares input gradients, which underflow at precision='16-mixed'; "
@@ -113,7 +122,7 @@ class AdversarialTraining(Guard):
     def begin(self, run: Run) -> None:
         own = torch.initial_seed() if self.seed is None else self.seed
         self._seed, self._restored = own if self._restored is None else self._restored, None
-        self._warmup, self._checked = None, False
+        self._warmup, self._reached, self._checked = None, 0.0, False
 
     def on_batch(self, step: Step) -> Any:
         if self.threat.eps == 0:
@@ -123,7 +132,7 @@ class AdversarialTraining(Guard):
             self._check(x)
             self._checked = True
         generator = stream(self._seed, step.index, step.run.rank, device=x.device)
-        reach = self._reach(step.run)
+        self._reached = reach = self._reach(step.run)
         threat = self.threat if reach == 1 else replace(self.threat, eps=reach * self.threat.eps)
         step_size = None if self.step_size is None else reach * self.step_size
         losses = x.new_zeros(1)
@@ -146,6 +155,13 @@ class AdversarialTraining(Guard):
             self._warmup = round(self.warmup * run.total_steps) if isinstance(self.warmup, float) else self.warmup
         return min(1.0, (run.trainer.global_step + 1) / max(self._warmup, 1))
 
+    def release(self, module: pl.LightningModule) -> None:
+        if 0 < self._reached < 1:
+            rank_zero_warn(
+                f"{self.name}: training ended within warmup={self.warmup}: the radius reached "
+                f"{self._reached * self.threat.eps:.4g}, not eps={self.threat.eps}. Train longer, or shorten warmup."
+            )
+
     def state(self) -> dict[str, Any]:
         return {"seed": self._seed}
 
@@ -160,6 +176,7 @@ class AdversarialTraining(Guard):
                 "say where it is with Batch(inputs=...)"
             )
         try:
+            self.threat.scale(x)
             self.threat.check(x)
         except ValueError as error:
             raise GuardConflict(f"{self.name}: {error}") from None

@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_guard.functional import NOTIONS, Notion, positive_scores, rate_gaps, rate_sums
-from lightning_guard.guard import Batch, Guard, Phase, Step, Trait
+from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait
 
 
 class FairnessRegularization(Guard):
@@ -79,10 +79,20 @@ class FairnessRegularization(Guard):
         self.weight, self.steepness, self.memory, self.batch = weight, steepness, memory, batch
         self._sums = torch.zeros(0, 0)
         self._counts = torch.zeros(0, 0)
+        self._restored = False
+
+    def begin(self, run: Run) -> None:
+        if not self._restored:  # else the rates of another training would steer this one
+            self._sums, self._counts = torch.zeros(0, 0), torch.zeros(0, 0)
+        self._restored = False
 
     def on_loss(self, step: Step) -> Tensor:
         assert step.loss is not None
         logits, group = step.logits, step.group
+        if len(group) != len(logits):
+            raise GuardConflict(
+                f"{self.name}: {len(group)} groups for {len(logits)} rows of logits; an example has one each"
+            )
         target = None if self.notion == "demographic_parity" else step.target
         seen = max(int(group.max()) + 1 if len(group) else 0, self._sums.shape[1])
         groups = int(_over_ranks(torch.tensor(seen, device=logits.device), step, "max"))
@@ -114,7 +124,7 @@ class FairnessRegularization(Guard):
         return {"sums": self._sums.cpu(), "counts": self._counts.cpu()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._sums, self._counts = state["sums"], state["counts"]
+        self._sums, self._counts, self._restored = state["sums"], state["counts"], True
 
 
 def _over_ranks(value: Tensor, step: Step, how: str) -> Tensor:

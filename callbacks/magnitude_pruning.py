@@ -8,15 +8,18 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from lightning_guard.functional import cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
-from lightning_guard.guard import Guard, GuardConflict, Phase, Run, Trait
+from lightning_guard.guard import Guard, GuardConflict, Phase, Run, Trait, callbacks_of
 
 _PRUNABLE = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.MultiheadAttention,
 )  # fmt: skip
+_SPARED = (nn.Embedding, nn.EmbeddingBag)
 
 
 class MagnitudePruning(Guard):
@@ -47,9 +50,12 @@ class MagnitudePruning(Guard):
     | ``sparsity=0``                          | training is bit-identical to training without the guard |
     | a pattern that matches nothing          | refused, with the names that there are              |
     | training ends before ``end``            | refused if it can be known, else a warning at the end |
-    | norms, biases, embeddings               | never pruned                                        |
-    | weights that are frozen                 | left alone: nothing could recover from their loss   |
-    | a weight shared by two modules          | masked once                                         |
+    | norms, biases, embeddings               | never pruned, nor is a weight shared with an embedding |
+    | weights frozen or in no optimizer       | left alone: nothing could recover from their loss   |
+    | ... that are trained later on           | refused                                             |
+    | a weight shared by two modules          | masked once, and left alone if one of them is ignored |
+    | weight_norm and other parametrisations  | refused: the weight itself is computed anew in every pass |
+    | uninitialised (lazy) weights            | refused                                             |
 
     Raises:
         GuardConflict: before training, if the promise cannot be kept.
@@ -95,6 +101,8 @@ class MagnitudePruning(Guard):
         self._window: tuple[int, int] | None = None
         self._run: Run | None = None
         self._weights: dict[str, nn.Parameter] = {}
+        self._left: dict[str, nn.Parameter] = {}  # would be pruned, but nothing trains them
+        self._aliases: dict[str, str] = {}  # every name of a weight in the state dict
         self._dropped: dict[str, Tensor] = {}
         self._packed: Mapping[str, Tensor] | None = None  # restored, not yet on the weights' device
 
@@ -112,29 +120,34 @@ class MagnitudePruning(Guard):
 
     def begin(self, run: Run) -> None:
         self._run, self._window = run, None
+        packed, self._packed = self._packed, None
         timed = isinstance(self.start, float) or isinstance(self.end, float)
         if self.sparsity and timed and len(run.trainer.optimizers) > 1:
             raise GuardConflict(
                 f"{self.name}: start={self.start} and end={self.end} are fractions of training, which several "
                 "optimizers may step at different times; give optimizer steps of the one that trains the first layer"
             )
-        self._weights = self._select(run.module) if self.sparsity else {}
-        if self._packed is not None:
-            if set(self._packed) != set(self._weights):
+        self._weights, self._left = self._select(run) if self.sparsity else ({}, {})
+        names = {weight: name for name, weight in self._weights.items()}
+        every = run.module.named_parameters(remove_duplicate=False)
+        self._aliases = {alias: names[weight] for alias, weight in every if weight in names}
+        if packed is not None:
+            if set(packed) != set(self._weights):
                 raise GuardConflict(
-                    f"{self.name}: the checkpoint masks {', '.join(self._packed)}, but the weights to prune are now "
-                    f"{', '.join(self._weights)}; resume with the same model, targets and ignore"
+                    f"{self.name}: the checkpoint masks {', '.join(packed) or 'nothing'}, but the weights to "
+                    f"prune are now {', '.join(self._weights)}; resume with the same model, targets and ignore"
                 )
             self._dropped = {
-                name: unpack_mask(self._packed[name], weight.shape).to(weight.device)
+                name: unpack_mask(packed[name], weight.shape).to(weight.device)
                 for name, weight in self._weights.items()
             }
-            self._packed = None
         else:
             self._steps, self.reached = 0, 0.0
             self._dropped = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self._weights.items()}
 
-    def _select(self, module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    def _select(self, run: Run) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """The weights to prune, and those that would be if anything trained them."""
+        module = run.module
         layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _PRUNABLE)}
         for option, patterns in (("targets", self.targets or ()), ("ignore", self.ignore)):
             for pattern in patterns:
@@ -143,22 +156,61 @@ class MagnitudePruning(Guard):
                         f"{self.name}: {option}={pattern!r} matches nothing that can be pruned; "
                         f"there are {', '.join(layers) or 'no Linear and no convolution'}"
                     )
-        weights, seen = {}, set()
+        owned = {p for optimizer in run.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        ignored = {name for name in layers if any(fnmatchcase(name, pattern) for pattern in self.ignore)}
+        spared = {p for layer in module.modules() if isinstance(layer, _SPARED) for p in layer.parameters(False)}
+        spared |= {p for name in ignored for p in layers[name].parameters(False)}
+        weights: dict[str, nn.Parameter] = {}
+        left: dict[str, nn.Parameter] = {}
+        seen = set(spared)
         for name, layer in layers.items():
             wanted = self.targets is None or any(fnmatchcase(name, pattern) for pattern in self.targets)
-            if not wanted or any(fnmatchcase(name, pattern) for pattern in self.ignore):
+            if not wanted or name in ignored:
                 continue
-            own = layer.named_parameters(recurse=False)
-            for key, weight in own:
-                if "bias" not in key and weight.requires_grad and weight not in seen:
-                    seen.add(weight)
-                    weights[f"{name}.{key}".lstrip(".")] = weight
+            made = "weight" not in layer._parameters and not isinstance(layer, nn.MultiheadAttention)
+            if made or is_parametrized(layer):
+                raise GuardConflict(
+                    f"{self.name}: the weight of {name} is computed from other parameters (weight_norm, spectral_norm, "
+                    f"torch.nn.utils.prune), so no mask holds it; remove that, or give ignore=[{name!r}]"
+                )
+            for key, weight in layer.named_parameters(recurse=False):
+                if "bias" in key or weight in seen:
+                    continue
+                if is_lazy(weight):
+                    raise GuardConflict(
+                        f"{self.name}: {name}.{key} has no shape yet; pass an example through the lazy modules before "
+                        "training, e.g. at the end of __init__"
+                    )
+                seen.add(weight)
+                full = f"{name}.{key}".lstrip(".")
+                (weights if weight.requires_grad and weight in owned else left)[full] = weight
+        finetunes = [c for c in callbacks_of(run.trainer) if "BaseFinetuning" in {k.__name__ for k in type(c).__mro__}]
+        if left and finetunes:
+            raise GuardConflict(self._thaws(left, type(finetunes[0]).__name__))
         if not weights:
             raise GuardConflict(f"{self.name}: no trainable weight of a Linear or convolution is left to prune")
-        return weights
+        return weights, left
+
+    def _thaws(self, left: Iterable[str], who: str) -> str:
+        return (
+            f"{self.name}: {who} trains {', '.join(left)} later, but the masks are of the weights that are trained "
+            "from the beginning; train them from the start, leave them out with ignore, or prune in a second training"
+        )
+
+    def _present(self, module: pl.LightningModule) -> None:
+        now = dict(module.named_parameters(remove_duplicate=False))
+        gone = [name for name, weight in self._weights.items() if now.get(name) is not weight]
+        if gone:
+            raise GuardConflict(
+                f"{self.name}: {', '.join(gone)} was replaced by another parameter during training, which no mask "
+                "holds; change it in place (weight.data.copy_), or replace it before training"
+            )
 
     def on_weights(self, optimizer: Optimizer) -> None:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        thawed = [name for name, p in self._left.items() if p.requires_grad and id(p) in owned]
+        if thawed:
+            raise GuardConflict(self._thaws(thawed, "this run"))
         if id(next(iter(self._weights.values()), None)) in owned:  # several optimizers: the first one keeps time
             self._steps += 1
             self._update()
@@ -181,6 +233,7 @@ class MagnitudePruning(Guard):
         due = self._steps == end or (start < self._steps < end and (self._steps - start) % self.every == 0)
         if not due:
             return
+        self._present(self._run.module)
         progress = 1.0 if self._steps == end else (self._steps - start) / (end - start)
         kept = {name: ~dropped for name, dropped in self._dropped.items()}
         masks = magnitude_masks(self._weights, cubic_sparsity(progress, self.sparsity), self.scope, kept)
@@ -191,23 +244,34 @@ class MagnitudePruning(Guard):
             weight.masked_fill_(self._dropped[name], 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.report(pl_module, sparsity=self.reached)
+        if self.sparsity:
+            self.report(pl_module, sparsity=self.reached)
 
     def on_checkpoint(self, weights: dict[str, Tensor]) -> None:
-        for name, dropped in self._dropped.items():
-            if name in weights:
-                weights[name] = weights[name].masked_fill(dropped.to(weights[name].device), 0)
+        for alias, name in self._aliases.items():
+            if alias in weights:
+                weights[alias] = weights[alias].masked_fill(self._dropped[name].to(weights[alias].device), 0)
+
+    @torch.no_grad()
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and self.reached and trainer.state.fn == "fit":  # an average may be in their place just now
+            for name, weight in self._weights.items():
+                weight.masked_fill_(self._dropped[name], 0)
 
     @torch.no_grad()
     def release(self, module: pl.LightningModule) -> None:
+        self._present(module)
         for name, weight in self._weights.items():
             weight.masked_fill_(self._dropped[name].to(weight.device), 0)  # an average may have been put in its place
-        if self._steps and self._window is not None and self._steps < self._window[1]:
+        end = self.end if self._window is None else self._window[1]
+        if self._weights and (not self._steps if self._window is None else self._steps < end):
             rank_zero_warn(
-                f"{self.name}: training ended at optimizer step {self._steps}, before end={self._window[1]}: "
+                f"{self.name}: training ended at optimizer step {self._steps}, before end={end}: "
                 f"sparsity is {self.reached:.3f}, not {self.sparsity}. Train longer, or give an earlier end."
             )
-        self._run, self._weights = None, {}
+        self._run, self._weights, self._left = None, {}, {}
 
     def state(self) -> dict[str, Any]:
         packed = {name: pack_mask(dropped.cpu()) for name, dropped in self._dropped.items()}

@@ -54,6 +54,7 @@ class Run:
     batch: Batch = field(default_factory=Batch)
     steps: int = 0  # training steps (micro-batches) begun since the start of training, resumed ones counted
     _metrics: list[nn.Module] = field(default_factory=list)
+    _probed: bool = False  # a first probe has shown that probes leave no trace
 
     @property
     def rank(self) -> int:
@@ -101,6 +102,7 @@ class Step:
         self.output: Any = None  # what training_step returned
         self.loss: Tensor | None = None
         self.probing = False
+        self.changed = False  # a guard put another batch in the place of the loader's
         self.forwards: list[Any] = []  # what the step's own forward passes returned
         self._group = None
 
@@ -201,7 +203,17 @@ class Step:
                 undo.enter_context(guard.paused())
             was, self.probing = self.probing, True
             undo.callback(setattr, self, "probing", was)
+            before = {} if self.run._probed else _versions(self.module)
             yield
+            if before:
+                after = _versions(self.module)
+                written = [name for name, version in before.items() if after.get(name, version) != version]
+                if written:
+                    raise GuardConflict(
+                        f"a forward pass writes the buffer {', '.join(written)} even in eval mode, so the passes of a "
+                        "guard would change it; write it only if self.training"
+                    )
+            self.run._probed = True
 
 
 class Guard(pl.Callback):
@@ -395,6 +407,11 @@ def logits_in(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 0 else None
 
 
+def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """What changes when a buffer is written or replaced."""
+    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+
+
 _PROBABILITIES = ("SigmoidBackward0", "SoftmaxBackward0")
 _SAME_VALUES = ("SqueezeBackward", "UnsqueezeBackward", "ViewBackward", "ReshapeAliasBackward", "ToCopyBackward")
 
@@ -430,10 +447,9 @@ def still(module: nn.Module, metrics: Sequence[nn.Module]) -> Iterator[None]:
             layer.dropout, layer.training = 0.0, True
         for metric in metrics:
             undo.callback(vars(metric).update, _metric_state(metric))
-        for layer in module.modules():  # a LightningModule within another logs too
-            for method in ("log", "log_dict"):
-                if hasattr(type(layer), method):
-                    swap(undo, layer, method, lambda old: lambda *args, **kwargs: None)
+        for method in ("log", "log_dict"):
+            if hasattr(module, method):
+                swap(undo, module, method, lambda old: lambda *args, **kwargs: None)
         yield
 
 

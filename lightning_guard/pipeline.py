@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -45,7 +45,7 @@ class Pipeline(Run):
         self.undo = ExitStack()
         self._undo_saving = ExitStack()  # outlives a failure, see `fail`
         self._stage = ""
-        self._began = False
+        self._began = self._watched = False
         self._section: Mapping[str, Any] | None = None  # of the checkpoint to resume from
         self.step: Step | None = None  # the step that is running
         self.manual: Step | None = None  # what a manual training_step asked for
@@ -259,9 +259,11 @@ class Pipeline(Run):
             with self._one_step(batch) as step:
                 for guard in self._acting("on_batch"):
                     step.batch = guard.on_batch(step)
+                step.changed = step.batch is not batch
                 given = self.batch.without_group(step.batch) if self._withholds else step.batch
                 try:
-                    step.output = old(given, *args, **kwargs)
+                    with self._watching(step):
+                        step.output = old(given, *args, **kwargs)
                 except (ValueError, KeyError, IndexError) as error:
                     if given is not step.batch:
                         error.add_note(
@@ -342,6 +344,31 @@ class Pipeline(Run):
     def _record(self, output: Any) -> None:
         if self.step is not None and not self.step.probing and all(known is not output for known in self.step.forwards):
             self.step.forwards.append(output)
+
+    @contextmanager
+    def _watching(self, step: Step) -> Iterator[None]:
+        """Once a run: whether the network is given what the guards made; else they made it for another input."""
+        own = getattr(type(self.module), "guard_forward", None)
+        described = own is not None and own.__module__ != "lightning_guard.mixins"  # from inputs to logits
+        if self._watched or not step.changed or described or getattr(self.module, "_compiler_ctx", None):
+            yield
+            return
+        self._watched = True
+        with ExitStack() as undo:
+            source = self.module.get_submodule(self.batch.logits or "")
+            undo.callback(source.register_forward_pre_hook(partial(self._fed, step)).remove)
+            yield
+
+    def _fed(self, step: Step, source: Any, args: tuple[Any, ...]) -> None:
+        given, made = args[0] if args and not step.probing else None, step.inputs
+        if not isinstance(given, Tensor) or not isinstance(made, Tensor) or given.shape != made.shape or given is made:
+            return
+        if not bool((given - made).abs().max() <= 0.02 * made.abs().max()):  # a cast to half precision may round
+            raise GuardConflict(
+                f"training_step changes the inputs before {type(source).__name__} sees them (normalisation, "
+                "augmentation), so the batch of the guards was made for another input; change them in the loader or "
+                "in on_after_batch_transfer, or say the whole way to the logits with GuardMixin.guard_forward"
+            )
 
     def _differentiating(self, old: Callable[..., None]) -> Callable[..., None]:
         @wraps(old)

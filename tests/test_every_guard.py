@@ -8,11 +8,12 @@ import lightning.pytorch as lightning
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
 import lightning_guard.callbacks
 from lightning_guard.guard import Guard, GuardConflict, StandIn
 from lightning_guard.mixins import GuardMixin
+from lightning_guard.pipeline import current
 from tests.guards import GUARDS
 from tests.toys import CLASSES, Data, ManualNet, Net, PlainNet, fit, loader, rows, same, trainer
 
@@ -114,6 +115,64 @@ def test_resume_without_the_guard_is_refused(guard, tmp_path):
     path = next(tmp_path.glob("last*.ckpt"))
     with pytest.raises(GuardConflict, match=guard.name):
         fit([GUARDS[other].off()], max_epochs=2, ckpt_path=path)
+
+
+@every_guard
+def test_a_file_written_after_training_resumes_with_its_guards(guard, tmp_path):
+    other = next(cls for cls in GUARDS if cls is not guard)
+    module = fit([GUARDS[guard].on()])
+    module.fitted.save_checkpoint(tmp_path / "after.ckpt")
+    with pytest.raises(GuardConflict, match=guard.name):
+        fit([GUARDS[other].off()], max_epochs=3, ckpt_path=tmp_path / "after.ckpt")
+    trainer([GUARDS[other].off()]).test(PlainNet(), loader(), ckpt_path=tmp_path / "after.ckpt", verbose=False)
+
+
+@every_guard
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("keeper", ["model", "exception"])
+def test_a_file_written_on_an_exception_resumes_with_its_guards(guard, error, keeper, tmp_path):
+    class Stopped(PlainNet):
+        def on_train_batch_end(self, *args):
+            if self.global_step == 6:
+                raise error("stop")
+
+    keep = ModelCheckpoint(tmp_path, save_on_exception=True) if keeper == "model" else OnExceptionCheckpoint(tmp_path)
+    net, run = Stopped(), trainer([GUARDS[guard].on(), keep], enable_checkpointing=True)
+    with pytest.raises((RuntimeError, SystemExit)):
+        run.fit(net, loader())
+    for path in tmp_path.glob("*.ckpt"):
+        assert torch.load(path, weights_only=True)["lightning_guard"]["guards"].keys() == {guard.name}
+    assert list(tmp_path.glob("*.ckpt"))
+    assert not ours(net, run, run.strategy)
+
+
+@every_guard
+def test_one_guard_object_serves_fit_after_fit(guard):
+    made = GUARDS[guard].on()
+    fit([made])
+    assert same(fit([made]), fit([GUARDS[guard].on()]))  # nothing of the first training reaches the second
+
+
+@every_guard
+def test_a_fit_that_goes_on_is_a_resumed_one(guard, tmp_path):
+    data = loader(shuffle=False)
+
+    def longer(run):
+        run.fit_loop.max_epochs = 3
+
+    going = fit([Rewound(), GUARDS[guard].on()], data=data)
+    going.fitted.save_checkpoint(tmp_path / "two.ckpt")
+    states = torch.load(tmp_path / "two.ckpt", weights_only=True)["lightning_guard"]
+    seen = []
+
+    class Looking(pl.Callback):
+        def on_train_start(self, trainer, module):
+            seen.append(current(module)._states())
+
+    going.fitted.callbacks.append(Looking())
+    longer(going.fitted)
+    going.fitted.fit(going, data)
+    assert str(seen) == str([states])
 
 
 @every_guard

@@ -265,3 +265,169 @@ def test_mixin_outside_training_changes_nothing():
     loss = torch.tensor(1.0)
     assert net.guard_loss(step, loss) is loss
     assert net.state_dict().keys() == PlainNet().state_dict().keys()
+
+
+# Runs that are not the usual fit ---------------------------------------------------------------------------------
+
+
+class Sharing(Net):
+    """Validates by its training_step, as many do."""
+
+    def validation_step(self, batch, batch_idx):
+        return self.training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("batch", [None, Batch(inputs=0, target=2, group=1)])
+def test_a_validation_step_that_calls_training_step_is_not_training(batch):
+    data = loader(shuffle=False)
+    data = data if batch is None else [(x, g, y) for x, y, g in data]
+    data = data if batch is None else torch.utils.data.DataLoader(data, batch_size=None)
+    once, twice = FairnessRegularization(batch=batch), FairnessRegularization(batch=batch)
+    alone = fit([AdversarialTraining(0.1), once], Net, data)
+    with_validation = Sharing()
+    run = trainer([AdversarialTraining(0.1), twice], num_sanity_val_steps=0)
+    pl.seed_everything(0, verbose=False)
+    run.fit(with_validation, data, data)
+    assert alone.fitted.global_step == run.global_step
+    assert torch.equal(once._counts, twice._counts)  # rates of training data only
+
+
+class ManualSteps(GuardMixin, ManualNet):
+    """Takes two steps at once, and shares code with validation."""
+
+    def training_step(self, batch, batch_idx):
+        halves = [[part[:8] for part in batch], [part[8:] for part in batch]]
+        steps = [self.guard_step(half) for half in halves]
+        assert not torch.equal(steps[0].inputs, steps[1].inputs)
+        self.optimizers().zero_grad()
+        for step in steps:
+            logits = self(step.inputs)
+            self.manual_backward(
+                self.guard_loss(step, nn.functional.cross_entropy(logits, step.target), logits) / len(steps)
+            )
+        self.optimizers().step()
+
+    def validation_step(self, batch, batch_idx):
+        step = self.guard_step(batch)
+        assert step.inputs is batch[0]
+        loss = torch.zeros(())
+        assert self.guard_loss(step, loss) is loss
+
+
+def test_several_manual_steps_keep_their_batches_and_validation_is_left_alone():
+    trainer([AdversarialTraining(0.1), FairnessRegularization()]).fit(ManualSteps(), loader(), loader())
+
+
+def test_guards_do_not_act_twice_where_an_automatic_step_asks_for_them():
+    class Asking(GuardMixin, PlainNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(self.guard_step(batch).batch, batch_idx)
+
+    assert "twice" in str(conflict([AdversarialTraining(0.1)], Asking))
+    fit(None, Asking)
+
+
+@pytest.mark.parametrize("finder", [pl.callbacks.LearningRateFinder, pl.callbacks.BatchSizeFinder])
+def test_trial_trainings_within_a_training_are_refused(finder):
+    class Sized(pl.LightningDataModule):
+        batch_size = 16
+
+        def train_dataloader(self):
+            return loader(batch_size=self.batch_size)
+
+    # Some finders refuse more in their own setup; the guards come first here.
+    assert f"{finder.__name__} trains within" in str(conflict([MagnitudePruning(), finder()], data=Sized()))
+
+
+def test_a_guard_that_joins_late_is_refused():
+    class Late(PlainNet):
+        def setup(self, stage):
+            self.trainer.callbacks.append(AdversarialTraining(0.1))
+
+    assert "after the run was set up" in str(conflict([], Late))
+
+
+def test_the_classs_guard_does_not_replace_the_trainers():
+    class Carrying(GuardMixin, PlainNet):
+        guards: ClassVar = [AdversarialTraining(0.01)]
+
+    assert "comes with Carrying too" in str(conflict([AdversarialTraining(0.3)], Carrying))
+    net = fit(None, Carrying)
+    net.fitted.validate(net, loader(), verbose=False)  # its own, found again, is no second one
+
+
+def test_probabilities_are_not_taken_for_logits():
+    class Squashed(PlainNet):
+        def training_step(self, batch, batch_idx):
+            scores = torch.sigmoid(self(batch[0])[:, :1]).squeeze(1)
+            loss = nn.functional.binary_cross_entropy(scores, (batch[1] > 0).float())
+            return {"loss": loss, "preds": scores}
+
+        def forward(self, x):
+            return self.net(x)
+
+    assert "probabilities" in str(conflict([FairnessRegularization()], Squashed))
+
+    class Softmax(PlainNet):
+        def forward(self, x):
+            return self.net(x).softmax(1)
+
+    assert "probabilities" in str(conflict([AdversarialTraining(0.1)], Softmax))
+
+
+def test_a_group_that_is_no_tensor_is_refused():
+    class Nested(PlainNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0], batch_idx)
+
+    assert "the group is a list" in str(conflict([FairnessRegularization()], Nested, data=[loader()] * 3))
+
+
+def test_inputs_that_training_step_changes_are_refused():
+    class Normalising(PlainNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(((batch[0] - 0.5) / 0.25, *batch[1:]), batch_idx)
+
+    assert "changes the inputs" in str(conflict([AdversarialTraining(0.1)], Normalising))
+    fit([AdversarialTraining(0.0)], Normalising)
+
+    class Saying(GuardMixin, Normalising):
+        def guard_forward(self, inputs):
+            return self((inputs - 0.5) / 0.25)
+
+    net = fit([AdversarialTraining(0.1)], Saying)
+    assert not net._forward_pre_hooks
+
+
+def test_a_buffer_that_a_probe_would_write_is_named():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    class Counted(PlainNet):
+        def __init__(self):
+            super().__init__()
+            self.net.append(Counting())
+
+    assert "net.5.calls" in str(conflict([AdversarialTraining(0.1)], Counted))
+
+
+def test_a_run_that_lightning_gave_up_is_undone_by_the_next():
+    class Rude(pl.Callback):
+        def on_exception(self, trainer, module, exception):
+            raise ValueError("rude")
+
+    class Failing(PlainNet):
+        def on_train_start(self):
+            raise RuntimeError
+
+    guard, net = AdversarialTraining(0.1), Failing()
+    with pytest.raises(ValueError, match="rude"):
+        trainer([Rude(), guard]).fit(net, loader())
+    fit([guard])
+    assert "training_step" not in vars(net)

@@ -63,6 +63,10 @@ class ThreatModel:
         scale = 1 / _per_channel(self.std, x, 1.0)
         if self.mutable is None:
             return scale
+        if x.dim() < 2 or any(not -x.shape[1] <= index < x.shape[1] for index in self.mutable):
+            raise ValueError(
+                f"mutable={list(self.mutable)} for inputs of shape {tuple(x.shape)}; give indices along dimension 1"
+            )
         allowed = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
         allowed[list(self.mutable)] = 1
         return scale * allowed.reshape(1, -1, *[1] * (x.dim() - 2))

@@ -17,7 +17,7 @@ def example_losses(logits: Tensor, target: Tensor) -> Tensor:
         Losses of shape ``(N,)``.
 
     Raises:
-        ValueError: if the shapes fit no row of the table.
+        ValueError: if the shapes fit no row of the table, or targets of one logit lie outside [0, 1].
 
     Example:
         >>> import torch
@@ -30,6 +30,12 @@ def example_losses(logits: Tensor, target: Tensor) -> Tensor:
     if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
         if target.numel() == len(logits):
             logits = logits.reshape(-1)
+            if bool(((target < 0) | (target > 1)).any()):
+                raise ValueError(
+                    f"targets range over [{target.min().item():.4g}, {target.max().item():.4g}], outside [0, 1], for "
+                    "one logit an example, so this is no classification; say the loss of each example with "
+                    "GuardMixin.guard_losses"
+                )
             return F.binary_cross_entropy_with_logits(logits, target.reshape(-1).to(logits), reduction="none")
     elif logits.dim() < 2 or logits.shape[1] < 2:
         pass  # cross-entropy over a single class would be 0, whatever the logits

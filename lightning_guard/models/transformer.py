@@ -68,7 +68,9 @@ class SmallTransformer(Classifier):
         self.head = nn.Linear(tokens * dim, self.num_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))  # N C rows height columns width
+        rows = x.unflatten(3, (-1, self.patch_size)).unflatten(
+            2, (-1, self.patch_size)
+        )  # N C rows height columns width
         tokens = self.patches(rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         # One index an example, so that this layer has a batch dimension like all the others.
         places = torch.arange(tokens.shape[1], device=x.device).expand(tokens.shape[:2])

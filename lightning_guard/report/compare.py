@@ -420,7 +420,10 @@ def _describe(objects: Iterable[Any]) -> list[Any]:
 
 def _plain_text(value: Any, indent: int | None = None) -> str:
     def plain(value: Any) -> Any:
-        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else bare(value)
+
+    def bare(value: Any) -> str:
+        return re.sub(r" at 0x[0-9a-f]+", "", str(value))  # an address differs in every process
 
     return json.dumps(value, default=plain, indent=indent, sort_keys=True)
 

@@ -296,3 +296,27 @@ def test_acts_where_it_should():
     )
     assert robust(plain) < 0.4
     assert robust(guarded) > 0.7
+
+
+def test_a_warmup_that_training_does_not_outlast_is_refused_or_said():
+    with pytest.raises(GuardConflict, match="warmup=99 ends after"):
+        fit([AdversarialTraining(0.1, warmup=99)], max_steps=8, max_epochs=-1)
+    with pytest.warns(UserWarning, match="training ended within warmup=99"):
+        fit([AdversarialTraining(0.1, warmup=99)])
+
+
+def test_regression_is_refused():
+    class Regression(PlainNet):
+        def forward(self, x):
+            return super().forward(x)[:, :1]
+
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(self(batch[0])[:, 0], batch[1].float())
+
+    with pytest.raises(ValueError, match="no classification"):
+        fit([AdversarialTraining(0.1)], Regression)
+
+
+def test_an_index_beyond_the_inputs_is_refused():
+    with pytest.raises(GuardConflict, match=r"mutable=\[17\]"):
+        fit([AdversarialTraining(0.1, mutable=[17])])

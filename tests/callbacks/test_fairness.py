@@ -186,3 +186,12 @@ def test_early_stopping_on_the_gap():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         FairnessRegularization(**options)
+
+
+def test_groups_and_logits_of_different_length_are_refused():
+    class Halving(PlainNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([part[:8] for part in batch], batch_idx)
+
+    with pytest.raises(GuardConflict, match="16 groups for 8 rows"):
+        fit([FairnessRegularization(batch=Batch(withhold_group=False))], Halving)

@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
 from lightning_guard.callbacks import MagnitudePruning
@@ -219,3 +220,117 @@ def test_validation_sees_masked_weights():
     pl.seed_everything(0, verbose=False)
     trainer(run).fit(PlainNet(), loader(), loader())
     assert watching.seen == 1
+
+
+class HeadOnly(PlainNet):
+    """Trains its last layer; the others require gradients all the same."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[4].parameters(), 0.1)
+
+
+def test_weights_in_no_optimizer_are_left_alone_and_do_not_keep_time():
+    module = fit([MagnitudePruning(sparsity=0.9, every=1)], HeadOnly)
+    assert (module.net[0].weight != 0).all()
+    assert int((module.net[4].weight == 0).sum()) == round(0.9 * 48)
+
+
+class Thawing(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer)
+
+
+def test_weights_that_are_trained_later_are_refused():
+    with pytest.raises(GuardConflict, match=r"Thawing trains net\.0\.weight later"):
+        fit([Thawing(), MagnitudePruning(0.7)])
+    fit([Thawing(), MagnitudePruning(0.7, ignore=["net.0"])])
+
+    class ByHand(HeadOnly):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.optimizers().add_param_group({"params": list(self.net[0].parameters())})
+
+    with pytest.raises(GuardConflict, match=r"this run trains net\.0\.weight later"):
+        fit([MagnitudePruning(0.7)], ByHand)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm], ids=str
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_weights_computed_from_others_are_refused(norm):
+    def made():
+        module = PlainNet()
+        norm(module.net[0])
+        return module
+
+    with pytest.raises(GuardConflict, match=r"weight of net\.0 is computed"):
+        fit([MagnitudePruning(0.7)], made)
+    fit([MagnitudePruning(0.7, ignore=["net.0"])], made)
+
+
+def test_lazy_weights_are_refused():
+    class Lazy(PlainNet):
+        def __init__(self):
+            super().__init__()
+            self.net[0] = nn.LazyLinear(16)
+
+    with pytest.raises(GuardConflict, match="no shape yet"):
+        fit([MagnitudePruning(0.7)], Lazy)
+
+
+def test_a_weight_shared_with_an_embedding_or_an_ignored_layer_is_left_alone():
+    class Tied(PlainNet):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head, self.twin = nn.Embedding(4, 16), nn.Linear(16, 4), nn.Linear(6, 16)
+            self.head.weight, self.twin.weight = self.embedding.weight, self.net[0].weight
+
+    module = fit([MagnitudePruning(0.9, every=1, ignore=["twin"])], Tied)
+    assert (module.embedding.weight != 0).all()
+    assert (module.net[0].weight != 0).all()
+    assert int((module.net[4].weight == 0).sum()) == round(0.9 * 48)
+
+
+def test_every_name_of_a_shared_weight_is_masked_in_a_file(tmp_path):
+    class Tied(PlainNet):
+        def __init__(self):
+            super().__init__()
+            self.twin = nn.Linear(6, 16)
+            self.twin.weight = self.net[0].weight
+
+    kept = ModelCheckpoint(tmp_path)
+    fit([EMAWeightAveraging(decay=0.9), MagnitudePruning(0.9, every=1), kept], Tied, enable_checkpointing=True)
+    stored = torch.load(kept.best_model_path, weights_only=True)["state_dict"]
+    assert torch.equal(stored["twin.weight"], stored["net.0.weight"])
+    assert int((stored["twin.weight"] == 0).sum()) > 48
+
+
+def test_a_weight_replaced_during_training_is_refused():
+    class Replacing(PlainNet):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net[0].weight = nn.Parameter(torch.randn(16, 6))
+
+    with pytest.raises(GuardConflict, match=r"net\.0\.weight was replaced"):
+        fit([MagnitudePruning(0.7, end=2)], Replacing)
+
+
+def test_validation_of_an_average_sees_it_masked():
+    class Looking(PlainNet):
+        def validation_step(self, batch, batch_idx):
+            assert zeros(self)[0] >= round(self.trainer.callbacks[-1].reached * 144)
+
+    made = MagnitudePruning(0.7, every=1)
+    run = trainer([EMAWeightAveraging(decay=0.9), made], num_sanity_val_steps=0)
+    run.fit(Looking(), loader(), loader(shuffle=False))
+    assert made.reached > 0.69
+
+
+def test_no_step_at_all_is_said():
+    with pytest.warns(UserWarning, match="ended at optimizer step 0"):
+        fit([MagnitudePruning(0.7)], limit_train_batches=0)

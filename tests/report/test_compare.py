@@ -162,3 +162,15 @@ def test_workers_share_the_runs(tmp_path):
                 key: value for key, value in run["values"].items() if "second" not in key and "latency" not in key
             }
         assert first == second
+
+
+def test_callbacks_of_the_trainer_are_fresh_in_every_run(tmp_path):
+    class Remembering(pl.Callback):
+        fits = 0
+
+        def on_train_start(self, trainer, module):
+            assert self.fits == 0  # as an EarlyStopping must not remember the run before
+            self.fits += 1
+
+    options = {"max_epochs": 1, "limit_train_batches": 1, "callbacks": [Remembering()]}
+    lg.compare(PlainNet, Data, {"none": [], "pruned": [MagnitudePruning(0.5)]}, options, 2, [Efficiency()], tmp_path)
