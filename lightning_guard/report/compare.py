@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -154,7 +155,12 @@ def compare_arms(
     built = [arm.build([]) for arm in arms]  # before anything is trained: every arm can be
     judges = _evaluators(evaluators, [guard for parts in built for guard in _guards(parts[0], parts[1])])
     shares_group = any(guard.needs_group for parts in built for guard in _guards(parts[0], parts[1]))
-    runs = [_Run(arm, seed, place, judges, shares_group) for seed in seeds for arm in arms]
+    sources = [_sources(parts) for parts in built]
+    runs = [
+        _Run(arm, seed, place, judges, shares_group, source)
+        for seed in seeds
+        for arm, source in zip(arms, sources, strict=True)
+    ]
     del built
     if worker:
         for run in runs:
@@ -241,12 +247,12 @@ class _Epochs(pl.Callback):
 class _Run:
     """One arm on one seed: carried out once, then read from its folder."""
 
-    def __init__(self, arm: Arm, seed: int, place: Path, judges: Sequence[Evaluator], shares_group: bool):
+    def __init__(self, arm: Arm, seed: int, place: Path, judges: Sequence[Evaluator], shares_group: bool, source: str):
         self.arm, self.seed, self.judges, self.shares_group = arm, seed, judges, shares_group
         slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", arm.name)[:40]
         slug = slug if slug == arm.name and not slug.startswith(".") else f"{slug}-{_sha256(arm.name)[:8]}".lstrip(".")
         self.folder = place / "runs" / slug / f"seed-{seed}"
-        parts = [arm.config, seed, [_describe([judge]) for judge in judges], _versions()]
+        parts = [arm.config, source, seed, [_describe([judge]) for judge in judges], _versions()]
         self.fingerprint = _sha256(_plain_text(parts))
         self._result: dict[str, Any] | None = None
 
@@ -416,6 +422,31 @@ def _headline(result: Mapping[str, Any]) -> str:
 
 def _describe(objects: Iterable[Any]) -> list[Any]:
     return [[type(o).__qualname__, o.options() if isinstance(o, Guard) else vars(o)] for o in objects]
+
+
+def _sources(parts: Parts) -> str:
+    """A digest of the code of an arm: an edited training_step is another training."""
+    trainer, module, data = parts
+    owners = [*module.modules(), data, *callbacks_of(trainer)]
+    classes = {cls for owner in owners for cls in type(owner).__mro__}
+    foreign = (
+        "builtins",
+        "abc",
+        "typing",
+        "torch",
+        "torchmetrics",
+        "pytorch_lightning",
+        "lightning",
+        "lightning_fabric",
+    )
+    texts = []
+    for cls in classes:
+        if cls.__module__.split(".")[0] not in foreign:
+            try:
+                texts.append(inspect.getsource(cls))
+            except (OSError, TypeError):  # typed in a console
+                texts.append(cls.__qualname__)
+    return _sha256("".join(sorted(texts)))
 
 
 def _plain_text(value: Any, indent: int | None = None) -> str:

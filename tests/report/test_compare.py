@@ -1,6 +1,8 @@
 """Comparisons share what they must, survive interrupts, and never run twice what is there."""
 
+import importlib
 import json
+import linecache
 import os
 import subprocess
 import sys
@@ -89,6 +91,20 @@ def test_what_decides_a_run_decides_whether_it_is_kept(tmp_path, monkeypatch):
     assert run(own, {**TRAINER, "max_epochs": 1}) == 2  # the training
     assert run(own, {**TRAINER, "max_epochs": 1}, [Fairness()]) == 2  # the evidence
     assert run(own, {**TRAINER, "max_epochs": 1}, [Fairness()], lambda: PlainNet(lr=0.01)) == 2  # the model
+
+
+def test_an_edited_module_is_trained_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "from tests.toys import PlainNet\n\n\nclass Mine(PlainNet):\n    scale = 1\n"
+    kept = []
+    for scale in (1, 1, 2):
+        (tmp_path / "mine.py").write_text(text.replace("scale = 1", f"scale = {scale}"))
+        sys.modules.pop("mine", None)
+        linecache.clearcache()
+        module = importlib.import_module("mine").Mine
+        lg.compare(module, Data, {"none": []}, TRAINER, seeds=1, evaluators=[Task()], folder=tmp_path / "out")
+        kept.append((tmp_path / "out" / "runs" / "none" / "seed-0" / "result.json").stat().st_mtime_ns)
+    assert kept[0] == kept[1] < kept[2]
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):
