@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from lightning_guard.check import quiet, rehearse
+from lightning_guard.guard import guards_of
 from lightning_guard.launch import FILES, GuardCLI, pairs
 from lightning_guard.recipe import Recipe, RecipeError, find, merged, nearest, plain, read, refused
-from lightning_guard.record import guards_of
 from lightning_guard.report.compare import Arm, Parts, compare_arms
 from lightning_guard.report.witness import Withholding
 

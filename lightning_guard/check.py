@@ -16,11 +16,12 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from lightning_guard.composition import findings
-from lightning_guard.guard import Guard, GuardConflict, StandIn, callbacks_of
+from lightning_guard.guard import Guard, GuardConflict, callbacks_of, guards_of
 from lightning_guard.launch import GuardCLI
 from lightning_guard.pipeline import Pipeline, current
 from lightning_guard.recipe import RecipeError, refused
-from lightning_guard.record import guards_of, read_checkpoint, refuse_to_resume
+from lightning_guard.record import read_checkpoint, refuse_to_resume
+from lightning_guard.undo import StandIn
 
 _TRANSFORMS = ("rewrite", "on_loader", "on_batch", "on_loss", "on_gradients", "on_weights", "on_checkpoint", "release")
 

@@ -1,6 +1,6 @@
 """The contract between a safeguard and the run it guards."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_guard.batch import Batch
+from lightning_guard.still import buffer_versions, still
 
 __all__ = ["Batch", "Guard", "GuardConflict", "Phase", "Run", "Step", "Trait"]
 
@@ -203,10 +204,10 @@ class Step:
                 undo.enter_context(guard.paused())
             was, self.probing = self.probing, True
             undo.callback(setattr, self, "probing", was)
-            before = {} if self.run._probed else _versions(self.module)
+            before = {} if self.run._probed else buffer_versions(self.module)
             yield
             if before:
-                after = _versions(self.module)
+                after = buffer_versions(self.module)
                 written = [name for name, version in before.items() if after.get(name, version) != version]
                 if written:
                     raise GuardConflict(
@@ -343,8 +344,7 @@ class Guard(pl.Callback):
         if self._pipeline is not None:  # of a run that failed so badly that Lightning never told us
             self._pipeline.close(finished=False)
             self._pipeline = None
-        guards = [callback for callback in callbacks_of(trainer) if isinstance(callback, Guard)]
-        guards.sort(key=lambda guard: (guard.phase, guard.name))
+        guards = guards_of(trainer)
         if guards[0] is self:
             self._pipeline = Pipeline(trainer, pl_module, guards)
             self._pipeline.install(stage)
@@ -393,6 +393,13 @@ def callbacks_of(trainer: Any) -> list[pl.Callback]:
     return list(trainer.callbacks)
 
 
+def guards_of(trainer: Any, module: Any = None) -> list[Guard]:
+    """The guards of a run in the order in which they act; with a module, those that it carries as well."""
+    carried = [] if module is None else module.configure_callbacks()
+    both = [*callbacks_of(trainer), *(carried if isinstance(carried, Sequence) else [carried])]
+    return sorted((one for one in both if isinstance(one, Guard)), key=lambda guard: (guard.phase, guard.name))
+
+
 def said(module: Any, what: str, *args: Any) -> Any:
     """What a module that inherits GuardMixin says of itself; None if it says nothing."""
     return getattr(module, what)(*args) if hasattr(module, what) else None
@@ -405,11 +412,6 @@ def logits_in(output: Any) -> Tensor | None:
     elif not isinstance(output, Tensor):
         output = getattr(output, "logits", None)
     return output if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 0 else None
-
-
-def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """What changes when a buffer is written or replaced."""
-    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
 
 
 _PROBABILITIES = ("SigmoidBackward0", "SoftmaxBackward0")
@@ -428,80 +430,3 @@ def no_probabilities(logits: Tensor) -> Tensor:
             "from training_step, or say them with GuardMixin (guard_forward, guard_logits)"
         )
     return logits
-
-
-@contextmanager
-def still(module: nn.Module, metrics: Sequence[nn.Module]) -> Iterator[None]:
-    """Passes through ``module`` inside this block log nothing, count in no metric and change no buffer or generator."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    on_cuda = device.type == "cuda"
-    training = [layer for layer in module.modules() if layer.training]
-    # cuDNN refuses a backward pass through a recurrent layer in eval mode; its dropout is stilled by hand.
-    recurrent = [layer for layer in training if isinstance(layer, nn.RNNBase)] if on_cuda else []
-    with ExitStack() as undo:
-        undo.enter_context(torch.random.fork_rng([device] if on_cuda else []))
-        undo.callback(_set_training, training, True)
-        _set_training(training, False)
-        for layer in recurrent:
-            undo.callback(setattr, layer, "dropout", layer.dropout)
-            layer.dropout, layer.training = 0.0, True
-        for metric in metrics:
-            undo.callback(vars(metric).update, _metric_state(metric))
-        for method in ("log", "log_dict"):
-            if hasattr(module, method):
-                swap(undo, module, method, lambda old: lambda *args, **kwargs: None)
-        yield
-
-
-def _set_training(layers: Sequence[nn.Module], mode: bool) -> None:
-    for layer in layers:
-        vars(layer)["training"] = mode  # what `layer.training = mode` does after a microsecond of checks, twice a step
-
-
-def _metric_state(metric: Any) -> dict[str, Any]:
-    def copied(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
-
-    kept = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    return {key: copied(getattr(metric, key)) for key in kept}
-
-
-def swap(undo: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace ``owner.name`` by ``make(old)`` until ``undo`` closes; then ``vars(owner)`` is as it was.
-
-    If somebody wraps our replacement in the meantime, ours stays beneath theirs and merely passes calls through.
-    """
-    shadowed, old = name in vars(owner), getattr(owner, name)
-    standin = StandIn(owner, name, old, make(old))
-
-    def restore() -> None:
-        standin.call = old
-        if vars(owner).get(name) is standin:
-            if shadowed:
-                setattr(owner, name, old)
-            else:
-                delattr(owner, name)
-
-    undo.callback(restore)
-    setattr(owner, name, standin)
-
-
-class StandIn:
-    """A callable in the place of a method; copies and pickles of its owner get the method itself."""
-
-    def __init__(self, owner: Any, name: str, old: Callable[..., Any], call: Callable[..., Any]):
-        self.owner, self.name, self.call = owner, name, call
-        if hasattr(call, "__wrapped__"):
-            # Lightning unwraps one level to read a step's signature, and unwraps to see whether a hook is overridden.
-            self.__wrapped__ = getattr(old, "__wrapped__", old)
-        self.__code__ = StandIn.__call__.__code__  # without __wrapped__: counts as overridden
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = memo.get(id(self.owner), self.owner)
-        return getattr(type(owner), self.name).__get__(owner)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.owner, self.name)

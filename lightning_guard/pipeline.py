@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_guard.batch import Batch
 from lightning_guard.composition import judge
-from lightning_guard.guard import Guard, GuardConflict, Run, Step, callbacks_of, swap
+from lightning_guard.guard import Guard, GuardConflict, Run, Step, callbacks_of
+from lightning_guard.undo import swap
 
 SECTION = "lightning_guard"  # of a checkpoint: {"version": 1, "steps": ..., "guards": {name: state}}
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")

@@ -10,14 +10,8 @@ import torch
 from lightning_fabric.utilities.cloud_io import get_filesystem
 from pytorch_lightning.cli import SaveConfigCallback
 
-from lightning_guard.guard import Guard, GuardConflict, callbacks_of
+from lightning_guard.guard import Guard, GuardConflict, callbacks_of, guards_of
 from lightning_guard.pipeline import SECTION, missing_guards
-
-
-def guards_of(trainer: pl.Trainer) -> list[Guard]:
-    """The guards of a run in the order in which they act."""
-    found = [callback for callback in callbacks_of(trainer) if isinstance(callback, Guard)]
-    return sorted(found, key=lambda guard: (guard.phase, guard.name))
 
 
 class SavedConfig(SaveConfigCallback):

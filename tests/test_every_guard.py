@@ -11,9 +11,10 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
 import lightning_guard.callbacks
-from lightning_guard.guard import Guard, GuardConflict, StandIn
+from lightning_guard.guard import Guard, GuardConflict
 from lightning_guard.mixins import GuardMixin
 from lightning_guard.pipeline import current
+from lightning_guard.undo import StandIn
 from tests.guards import GUARDS
 from tests.toys import CLASSES, Data, ManualNet, Net, PlainNet, fit, loader, rows, same, trainer
 

@@ -12,7 +12,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_guard.batch import Batch
-from lightning_guard.guard import GuardConflict, Run, Step, still
+from lightning_guard.guard import GuardConflict, Run, Step
+from lightning_guard.still import still
 
 Kind = Literal["binary", "multiclass", "regression", "unknown"]
 

@@ -1,0 +1,185 @@
+"""One run of a comparison: an arm on a seed, carried out once, judged, and then read from its folder."""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import reduce
+from importlib.metadata import version
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_guard import __version__
+from lightning_guard.batch import Batch
+from lightning_guard.evaluation import Evaluator, Evidence, Figure, Subject
+from lightning_guard.guard import Guard, callbacks_of, guards_of
+from lightning_guard.report.witness import Withholding, Witness
+
+Parts = tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]
+_PACKAGES = ("torch", "pytorch-lightning", "torchmetrics", "opacus", "fairlearn", "numpy")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train, to be compared with others.
+
+    Args:
+        name: as it appears in the report.
+        build: makes fresh trainer, module and data each time, with these callbacks beside the arm's own.
+        recipes: the recipes it is made of, with their sha256.
+        config: text that changes whenever the arm does; with the seed it decides whether a finished run is reused.
+    """
+
+    name: str
+    build: Callable[[list[pl.Callback]], Parts]
+    recipes: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""
+
+
+class ArmRun:
+    """One arm on one seed: carried out once, then read from its folder."""
+
+    def __init__(self, arm: Arm, seed: int, place: Path, judges: Sequence[Evaluator], shares_group: bool, source: str):
+        self.arm, self.seed, self.judges, self.shares_group = arm, seed, judges, shares_group
+        slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", arm.name)[:40]
+        slug = slug if slug == arm.name and not slug.startswith(".") else f"{slug}-{sha256(arm.name)[:8]}".lstrip(".")
+        self.folder = place / "runs" / slug / f"seed-{seed}"
+        parts = [arm.config, source, seed, [describe([judge]) for judge in judges], versions()]
+        self.fingerprint = sha256(plain_text(parts))
+        self._result: dict[str, Any] | None = None
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run found, if it has ended and nothing that decides it has changed since."""
+        path = self.folder / "result.json"
+        if self._result is None and path.exists():
+            found = json.loads(path.read_text())
+            self._result = found if found.get("fingerprint") == self.fingerprint else None
+        return self._result
+
+    def claim(self) -> bool:
+        """Take the run for this process; False if another has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            os.close(os.open(self.folder / "claim", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def unclaim(self) -> None:
+        (self.folder / "claim").unlink(missing_ok=True)
+
+    def carry_out(self, progress: pl.Callback) -> None:
+        pl.seed_everything(self.seed, verbose=False)
+        witness = Witness()
+        reading: list[pl.Callback] = [Withholding()] if self.shares_group else []
+        trainer, module, data = self.arm.build([witness, progress, *reading])
+        guards = [guard for guard in guards_of(trainer, module) if not isinstance(guard, Withholding)]
+        stated = [guard.batch for guard in guards if guard.batch is not None]
+        batch = stated[0] if stated else getattr(module, "guard_batch", None) or Batch()
+        trainer.fit(module, datamodule=data)
+        data.setup("test")
+        loader = data.test_dataloader()
+        subject = Subject(
+            module,
+            loader[0] if isinstance(loader, list) else loader,
+            batch=batch,
+            group_names=getattr(data, "group_names", None),
+            class_names=getattr(data, "class_names", None),
+        )
+        evidence = reduce(or_, [*(judge.evaluate(subject) for judge in self.judges), _cost(witness, module)])
+        torch.save(module.state_dict(), self.folder / "weights.pt")
+        result = {
+            "fingerprint": self.fingerprint,
+            "arm": self.arm.name,
+            "seed": self.seed,
+            **asdict(evidence),
+            "guards": [_card(guard) for guard in guards],
+            "initial_weights_sha256": witness.initial_weights,
+            "data_order_sha256": witness.data_order,
+            "data": data.provenance() if hasattr(data, "provenance") else {"name": type(data).__name__},
+        }
+        temporary = self.folder / "result.json.part"
+        temporary.write_text(json.dumps(result, indent=1, default=str))  # unsorted: the first figure leads
+        temporary.replace(self.folder / "result.json")  # whole or not at all
+        self.unclaim()
+
+
+def _card(guard: Guard) -> dict[str, Any]:
+    return {"name": guard.name, "promise": guard.promise, "options": json.loads(plain_text(guard.options()))}
+
+
+def _cost(witness: Witness, module: pl.LightningModule) -> Evidence:
+    clock = "Processor" if module.device.type == "cpu" else "Clock"
+    return Evidence(
+        {
+            "cost/train_seconds": Figure(
+                witness.seconds,
+                "Training time",
+                "s",
+                "lower",
+                f"{clock} time of the training loop, validation included.",
+            ),
+            "cost/passes": Figure(
+                witness.passes,
+                "Forward passes a batch",
+                "count",
+                "lower",
+                "Per training batch, those of attacks included.",
+            ),
+            "cost/steps": Figure(float(witness.steps), "Optimizer steps", "count", None, "Of the whole training."),
+        }
+    )
+
+
+def describe(objects: Iterable[Any]) -> list[Any]:
+    return [[type(o).__qualname__, o.options() if isinstance(o, Guard) else vars(o)] for o in objects]
+
+
+def sources_of(parts: Parts) -> str:
+    """A digest of the code of an arm: an edited training_step is another training."""
+    trainer, module, data = parts
+    owners = [*module.modules(), data, *callbacks_of(trainer)]
+    classes = {cls for owner in owners for cls in type(owner).__mro__}
+    foreign = (
+        "builtins",
+        "abc",
+        "typing",
+        "torch",
+        "torchmetrics",
+        "pytorch_lightning",
+        "lightning",
+        "lightning_fabric",
+    )
+    texts = []
+    for cls in classes:
+        if cls.__module__.split(".")[0] not in foreign:
+            try:
+                texts.append(inspect.getsource(cls))
+            except (OSError, TypeError):  # typed in a console
+                texts.append(cls.__qualname__)
+    return sha256("".join(sorted(texts)))
+
+
+def plain_text(value: Any, indent: int | None = None) -> str:
+    def plain(value: Any) -> Any:
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else bare(value)
+
+    def bare(value: Any) -> str:
+        return re.sub(r" at 0x[0-9a-f]+", "", str(value))  # an address differs in every process
+
+    return json.dumps(value, default=plain, indent=indent, sort_keys=True)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return {"lightning-guard": __version__, **{name: version(name) for name in _PACKAGES}}
