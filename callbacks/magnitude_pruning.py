@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
-from lightning_guard.functional import cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
+from lightning_guard.functional import bit_mask, clear_, cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
 from lightning_guard.guard import Guard, GuardConflict, Phase, Run, Trait, callbacks_of
 
 _PRUNABLE = (
@@ -104,6 +104,7 @@ class MagnitudePruning(Guard):
         self._left: dict[str, nn.Parameter] = {}  # would be pruned, but nothing trains them
         self._aliases: dict[str, str] = {}  # every name of a weight in the state dict
         self._dropped: dict[str, Tensor] = {}
+        self._bits: dict[str, Tensor] = {}  # the same for `clear_`
         self._packed: Mapping[str, Tensor] | None = None  # restored, not yet on the weights' device
 
     def problems(self, run: Run) -> Iterable[str]:
@@ -119,7 +120,7 @@ class MagnitudePruning(Guard):
             )
 
     def begin(self, run: Run) -> None:
-        self._run, self._window = run, None
+        self._run, self._window, self._bits = run, None, {}
         packed, self._packed = self._packed, None
         timed = isinstance(self.start, float) or isinstance(self.end, float)
         if self.sparsity and timed and len(run.trainer.optimizers) > 1:
@@ -217,11 +218,17 @@ class MagnitudePruning(Guard):
         for name, weight in self._weights.items():
             if id(weight) not in owned or not self.reached:
                 continue
-            weight.masked_fill_(self._dropped[name], 0)
+            self._clear(name, weight)
             for moment in ("momentum_buffer", "exp_avg"):  # or it would push the weight at once; second moments stay
                 buffer = optimizer.state[weight].get(moment)
                 if buffer is not None:
-                    buffer.masked_fill_(self._dropped[name], 0)
+                    self._clear(name, buffer)
+
+    def _clear(self, name: str, values: Tensor) -> None:
+        bits = self._bits.get(name)
+        if bits is None or bits.device != values.device or bits.element_size() != values.element_size():
+            bits = self._bits[name] = bit_mask(~self._dropped[name].to(values.device), values.dtype)
+        clear_(values, bits)
 
     def _update(self) -> None:
         assert self._run is not None
@@ -240,8 +247,9 @@ class MagnitudePruning(Guard):
         self._dropped = {name: ~mask for name, mask in masks.items()}
         count = sum(int(dropped.sum()) for dropped in self._dropped.values())
         self.reached = count / sum(dropped.numel() for dropped in self._dropped.values())
+        self._bits = {}
         for name, weight in self._weights.items():
-            weight.masked_fill_(self._dropped[name], 0)
+            self._clear(name, weight)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self.sparsity:
@@ -258,20 +266,20 @@ class MagnitudePruning(Guard):
     ) -> None:
         if batch_idx == 0 and self.reached and trainer.state.fn == "fit":  # an average may be in their place just now
             for name, weight in self._weights.items():
-                weight.masked_fill_(self._dropped[name], 0)
+                self._clear(name, weight)
 
     @torch.no_grad()
     def release(self, module: pl.LightningModule) -> None:
         self._present(module)
         for name, weight in self._weights.items():
-            weight.masked_fill_(self._dropped[name].to(weight.device), 0)  # an average may have been put in its place
+            self._clear(name, weight)  # an average may have been put in its place
         end = self.end if self._window is None else self._window[1]
         if self._weights and (not self._steps if self._window is None else self._steps < end):
             rank_zero_warn(
                 f"{self.name}: training ended at optimizer step {self._steps}, before end={end}: "
                 f"sparsity is {self.reached:.3f}, not {self.sparsity}. Train longer, or give an earlier end."
             )
-        self._run, self._weights, self._left = None, {}, {}
+        self._run, self._weights, self._left, self._bits = None, {}, {}, {}
 
     def state(self) -> dict[str, Any]:
         packed = {name: pack_mask(dropped.cpu()) for name, dropped in self._dropped.items()}

@@ -2,7 +2,7 @@
 
 from lightning_guard.functional.attacks import ThreatModel, fgsm, pgd
 from lightning_guard.functional.losses import example_losses
-from lightning_guard.functional.masks import cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
+from lightning_guard.functional.masks import bit_mask, clear_, cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
 from lightning_guard.functional.random import stream
 from lightning_guard.functional.rates import NOTIONS, Notion, group_gap, positive_scores, rate_gaps, rate_sums
 
@@ -10,6 +10,8 @@ __all__ = [
     "NOTIONS",
     "Notion",
     "ThreatModel",
+    "bit_mask",
+    "clear_",
     "cubic_sparsity",
     "example_losses",
     "fgsm",

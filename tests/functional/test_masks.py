@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_guard.functional import cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
+from lightning_guard.functional import bit_mask, clear_, cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
 
 # Few values, so that ties are common.
 NUMBERS = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, 1e-30, math.inf, math.nan])
@@ -131,3 +131,21 @@ def test_the_cubic_schedule_rises_from_end_to_end(a, b, early, late):
 def test_outside_the_schedule_its_ends_hold():
     assert cubic_sparsity(-1.0, 0.8, 0.1) == pytest.approx(0.1)
     assert cubic_sparsity(2.0, 0.8, 0.1) == 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_clearing_is_exact_even_for_what_is_no_number(dtype):
+    values = torch.tensor([1.5, -2.0, float("nan"), float("inf"), -0.0, 3.0], dtype=dtype)
+    kept = torch.tensor([True, False, False, False, False, True])
+    expected = values.masked_fill(~kept, 0)
+    clear_(values, bit_mask(kept, dtype))
+    assert torch.equal(values, expected)
+    assert not values.signbit()[1:5].any()
+
+
+def test_clearing_counts_as_a_change_for_autograd():
+    weight = torch.nn.Parameter(torch.ones(2))
+    squared = (weight * weight).sum()
+    clear_(weight, bit_mask(torch.tensor([True, False]), weight.dtype))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()
