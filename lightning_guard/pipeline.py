@@ -1,6 +1,5 @@
 """Checks, installs, runs and undoes the guards of one run. The only room that touches what is not its own."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -12,9 +11,8 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from lightning_guard.batch import Batch
-from lightning_guard.composition import judge
-from lightning_guard.guard import Guard, GuardConflict, Run, Step, callbacks_of
+from lightning_guard.checks import before_a_fit, read_as, whatever_the_stage
+from lightning_guard.guard import Guard, GuardConflict, Run, Step
 from lightning_guard.undo import swap
 
 SECTION = "lightning_guard"  # of a checkpoint: {"version": 1, "steps": ..., "guards": {name: state}}
@@ -59,7 +57,10 @@ class Pipeline(Run):
             GuardConflict: with every problem of this run.
         """
         self._stage = stage
-        problems = list(self._problems(stage))
+        self.batch, problems = read_as(self)
+        problems = [*whatever_the_stage(self), *problems]
+        if stage == "fit":
+            problems += before_a_fit(self)
         if problems:
             raise GuardConflict(problems)
         if self._acting("rewrite"):
@@ -150,68 +151,7 @@ class Pipeline(Run):
             raise GuardConflict(problems)
         return section
 
-    # Checks -----------------------------------------------------------------------------------------------------
-
-    def _problems(self, stage: str) -> Iterator[str]:
-        names = [guard.name for guard in self.guards]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"{names.count(name)} guards are called {name!r}; keep one, or give a subclass another name"
-        strategy = type(self.trainer.strategy).__name__
-        if strategy not in _STRATEGIES:
-            yield f"strategy={strategy} shards or moves the model in ways no guard is proven with; use a device or ddp"
-        yield from self._agree_on_batch()
-        yield from judge(self)
-        if stage == "fit":
-            yield from self._tries_out()
-            yield from self._cannot_step()
-        for guard in self.guards:
-            for problem in guard.problems(self) if stage == "fit" else ():
-                yield f"{guard.name}: {problem}"
-
-    def _tries_out(self) -> Iterator[str]:
-        for callback in callbacks_of(self.trainer):
-            for name in {"LearningRateFinder", "BatchSizeFinder"} & {cls.__name__ for cls in type(callback).__mro__}:
-                yield (
-                    f"{name} trains within a training and rewinds it, and the guards' schedules would follow neither; "
-                    "run it (or Tuner) with a Trainer without guards, then set what it found"
-                )
-
-    def _agree_on_batch(self) -> Iterator[str]:
-        said = {guard.name: guard.batch for guard in self.guards if guard.batch is not None}
-        own = getattr(self.module, "guard_batch", None)
-        if own is not None:
-            said[type(self.module).__name__] = own
-        if len(set(said.values())) > 1:
-            who = "; ".join(f"{name}: {batch}" for name, batch in said.items())
-            yield f"the batch is read in different ways ({who}); state it once"
-        self.batch = next(iter(said.values()), Batch())
-        if self.batch.logits is not None:
-            names = dict(self.module.named_modules())
-            if self.batch.logits not in names and not self._configures_model:
-                yield (
-                    f"Batch(logits={self.batch.logits!r}) names no submodule of {type(self.module).__name__}; "
-                    f"it has {', '.join(name for name in names if name)}"
-                )
-
-    @property
-    def _configures_model(self) -> bool:
-        return getattr(type(self.module), "configure_model", None) is not pl.LightningModule.configure_model
-
-    def _cannot_step(self) -> Iterator[str]:
-        steppers = [g.name for g in self.guards if g.overrides("on_batch") or g.overrides("on_loss")]
-        if not steppers:
-            return
-        name = type(self.module).__name__
-        if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
-            yield (
-                f"{', '.join(steppers)}: {name}.training_step takes dataloader_iter and fetches its own batches; take "
-                "(batch, batch_idx) instead"
-            )
-        if not self.module.automatic_optimization and not hasattr(self.module, "guard_step"):
-            yield (
-                f"{', '.join(steppers)}: {name} optimises manually and keeps batch and loss to itself; inherit "
-                "GuardMixin and call self.guard_step in training_step, or set automatic_optimization=True"
-            )
+    # Places -----------------------------------------------------------------------------------------------------
 
     def _acting(self, transform: str) -> list[Guard]:
         return [guard for guard in self.guards if guard.overrides(transform)]
@@ -219,8 +159,6 @@ class Pipeline(Run):
     @property
     def _withholds(self) -> bool:
         return self.batch.withhold_group and any(guard.needs_group for guard in self.guards)
-
-    # Places -----------------------------------------------------------------------------------------------------
 
     def _rewriting(self, old: Callable[[], None]) -> Callable[[], None]:
         def configure_model() -> None:

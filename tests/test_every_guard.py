@@ -220,11 +220,8 @@ def test_the_loaders_data_is_never_changed(guard):
     assert all(torch.equal(a, b) for a, b in zip(before, data.dataset.data, strict=True))
 
 
-@every_guard
-def test_accumulation_equals_the_larger_batch(guard):
-    if guard.needs_group:
-        pytest.skip("rates of a batch and of its halves differ: a batch-coupled loss is not a sum over micro-batches")
-
+@pytest.mark.parametrize("guard", [cls for cls in GUARDS if not cls.needs_group], ids=lambda guard: guard.name)
+def test_accumulation_equals_the_larger_batch(guard):  # of a batch-coupled loss, see test_fairness
     class Plain(PlainNet):  # without dropout and batch statistics, two halves are the whole
         def __init__(self):
             super().__init__(norm=False, optimizer="sgd")

@@ -92,6 +92,30 @@ def test_gradient_is_that_of_the_soft_gap():
         torch.testing.assert_close(p, q - q.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_accumulation_is_the_mean_of_the_micro_batches():
+    """Rates of a batch and of its halves differ; what adds up is the gradient of each half's own loss."""
+    x, y, s = biased(200)
+
+    class Plain(Logit):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1.0)
+
+    halves = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, s), 100)
+    guard = FairnessRegularization(weight=0.5, steepness=2.0, memory=0.0)
+    net = fit([guard], Plain, halves, max_epochs=1, accumulate_grad_batches=2)
+    pl.seed_everything(0, verbose=False)
+    by_hand = Plain()
+    for part in (slice(0, 100), slice(100, 200)):
+        logits, group = by_hand(x[part]), s[part]
+        hard = group_gap(logits, group).detach()
+        soft = [torch.sigmoid(2.0 * logits[group == g]).mean() for g in (0, 1)]
+        ahead = 1 if (logits[group == 1] >= 0).float().mean() > (logits[group == 0] >= 0).float().mean() else -1
+        task = F.binary_cross_entropy_with_logits(logits, y[part].float())
+        ((task + 0.5 * 2 * hard * ahead * (soft[1] - soft[0])) / 2).backward()
+    for p, q in zip(net.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q - q.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_groups_absent_from_batches():
     x, y, s = biased()
     order = s.argsort()  # whole batches of one group
