@@ -40,6 +40,7 @@ class FairnessRegularization(Guard):
     | ``weight=0``                            | trained weights are bit-identical to those without the guard |
     | a group absent from the batch           | it contributes no gradient                         |
     | fewer than two groups seen so far       | no penalty                                         |
+    | several labels an example (multi-label) | refused on the first batch                         |
     | group unknown (negative or NaN)         | the example counts for the task loss only          |
     | several processes                       | the rates of the union of their batches            |
     | a constant predictor in the end         | a warning: it closes every gap and is of no use    |
@@ -93,7 +94,13 @@ class FairnessRegularization(Guard):
             raise GuardConflict(
                 f"{self.name}: {len(group)} groups for {len(logits)} rows of logits; an example has one each"
             )
-        target = None if self.notion == "demographic_parity" else step.target
+        known = step.run.batch.find(step.batch, "target") is not None
+        target = step.target if known or self.notion != "demographic_parity" else None
+        if isinstance(target, Tensor) and target.dim() > 1 and target.shape[1] > 1:
+            raise GuardConflict(
+                f"{self.name}: targets of shape {tuple(target.shape)} are several labels an example, whose rates are "
+                "not those of classes; give one class an example, or use the guard on one label at a time"
+            )
         seen = max(int(group.max()) + 1 if len(group) else 0, self._sums.shape[1])
         groups = int(_over_ranks(torch.tensor(seen, device=logits.device), step, "max"))
         with torch.no_grad():

@@ -180,6 +180,21 @@ def test_logits_that_cannot_be_known_are_refused():
             fit([FairnessRegularization()], module, data())
 
 
+def test_several_labels_an_example_are_refused():
+    class Labels(Logit):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def training_step(self, batch, batch_idx):
+            return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    x, _, s = biased(64)
+    parts = torch.utils.data.TensorDataset(x, torch.zeros(64, 4), s)
+    with pytest.raises(GuardConflict, match="several labels"):
+        fit([FairnessRegularization()], Labels, torch.utils.data.DataLoader(parts, 16))
+
+
 def test_a_step_that_expects_the_group_gets_it():
     class Three(Logit):
         def training_step(self, batch, batch_idx):
