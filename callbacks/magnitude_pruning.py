@@ -50,6 +50,7 @@ class MagnitudePruning(Guard):
     | ``sparsity=0``                          | training is bit-identical to training without the guard |
     | a pattern that matches nothing          | refused, with the names that there are              |
     | training ends before ``end``            | refused if it can be known, else a warning at the end |
+    | optimizers replaced in training         | refused                                             |
     | norms, biases, embeddings               | never pruned, nor is a weight shared with an embedding |
     | weights frozen or in no optimizer       | left alone: nothing could recover from their loss   |
     | ... that are trained later on           | refused                                             |
@@ -105,6 +106,7 @@ class MagnitudePruning(Guard):
         self._aliases: dict[str, str] = {}  # every name of a weight in the state dict
         self._dropped: dict[str, Tensor] = {}
         self._bits: dict[str, Tensor] = {}  # the same for `clear_`
+        self._optimizers: list[int] = []
         self._packed: Mapping[str, Tensor] | None = None  # restored, not yet on the weights' device
 
     def problems(self, run: Run) -> Iterable[str]:
@@ -121,6 +123,7 @@ class MagnitudePruning(Guard):
 
     def begin(self, run: Run) -> None:
         self._run, self._window, self._bits = run, None, {}
+        self._optimizers = [id(optimizer) for optimizer in run.trainer.optimizers]
         packed, self._packed = self._packed, None
         timed = isinstance(self.start, float) or isinstance(self.end, float)
         if self.sparsity and timed and len(run.trainer.optimizers) > 1:
@@ -236,6 +239,7 @@ class MagnitudePruning(Guard):
             total = self._run.total_steps if isinstance(self.start, float) or isinstance(self.end, float) else 0
             start, end = (round(t * total) if isinstance(t, float) else t for t in (self.start, self.end))
             self._window = start, max(end, start, 1)
+            self._fits(self._window[1])
         start, end = self._window
         due = self._steps == end or (start < self._steps < end and (self._steps - start) % self.every == 0)
         if not due:
@@ -251,8 +255,26 @@ class MagnitudePruning(Guard):
         for name, weight in self._weights.items():
             self._clear(name, weight)
 
+    def _fits(self, end: int) -> None:
+        """Refuse a schedule that a training which has just begun cannot finish, as after a late unguarded resume."""
+        assert self._run is not None
+        trainer = self._run.trainer
+        if self._steps != 1 or len(trainer.optimizers) > 1 or not self._run.module.automatic_optimization:
+            return
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        if end > left:
+            raise GuardConflict(
+                f"{self.name}: end={end} is {end} optimizer steps away and training has {left:.0f} left, so "
+                f"sparsity={self.sparsity} is never reached; train longer or give an earlier end"
+            )
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self.sparsity:
+            if [id(optimizer) for optimizer in trainer.optimizers] != self._optimizers:
+                raise GuardConflict(
+                    f"{self.name}: the optimizers were replaced during training, and no mask follows the steps of the "
+                    "new ones; change the old ones in place (param_groups), or begin a second training"
+                )
             self.report(pl_module, sparsity=self.reached)
 
     def on_checkpoint(self, weights: dict[str, Tensor]) -> None:

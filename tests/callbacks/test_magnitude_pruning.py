@@ -334,3 +334,22 @@ def test_validation_of_an_average_sees_it_masked():
 def test_no_step_at_all_is_said():
     with pytest.warns(UserWarning, match="ended at optimizer step 0"):
         fit([MagnitudePruning(0.7)], limit_train_batches=0)
+
+
+def test_optimizers_replaced_in_training_are_refused():
+    class Replacing(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                trainer.strategy.optimizers = [torch.optim.SGD(module.parameters(), 0.1)]
+
+    with pytest.raises(GuardConflict, match="optimizers were replaced"):
+        fit([Replacing(), MagnitudePruning(sparsity=0.5, every=1)])
+
+
+def test_a_schedule_that_cannot_be_finished_is_refused_when_training_begins(tmp_path):
+    with pytest.raises(GuardConflict, match="end=9 is 9 optimizer steps away and training has 8 left"):
+        fit([MagnitudePruning(end=9)])  # two epochs of four steps, which max_steps does not tell
+    kept = pl.callbacks.ModelCheckpoint(tmp_path, filename="unguarded")
+    fit([kept], enable_checkpointing=True, max_epochs=3)
+    with pytest.raises(GuardConflict, match="end=8 is 8 optimizer steps away and training has 4 left"):
+        fit([MagnitudePruning(end=0.5)], max_epochs=4, ckpt_path=tmp_path / "unguarded.ckpt")
