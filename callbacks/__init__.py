@@ -4,7 +4,8 @@ if __name__ != "lightning_guard.callbacks":  # a second copy of every class woul
     raise ImportError("callbacks/ is part of lightning_guard; write `import lightning_guard.callbacks`")
 
 from lightning_guard.callbacks.adversarial_training import AdversarialTraining
+from lightning_guard.callbacks.dp_sgd import DPSGD
 from lightning_guard.callbacks.fairness import FairnessRegularization
 from lightning_guard.callbacks.magnitude_pruning import MagnitudePruning
 
-__all__ = ["AdversarialTraining", "FairnessRegularization", "MagnitudePruning"]
+__all__ = ["DPSGD", "AdversarialTraining", "FairnessRegularization", "MagnitudePruning"]

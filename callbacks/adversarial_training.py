@@ -63,7 +63,7 @@ class AdversarialTraining(Guard):
 
     name: ClassVar[str] = "adversarial_training"
     phase: ClassVar[Phase] = Phase.BATCH
-    traits: ClassVar[frozenset[Trait] | None] = frozenset()
+    traits: frozenset[Trait] | None = frozenset()
 
     def __init__(
         self,

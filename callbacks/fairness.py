@@ -56,7 +56,7 @@ class FairnessRegularization(Guard):
 
     name: ClassVar[str] = "fairness"
     phase: ClassVar[Phase] = Phase.LOSS
-    traits: ClassVar[frozenset[Trait] | None] = frozenset({Trait.COUPLES_EXAMPLES, Trait.REMEMBERS_DATA})
+    traits: frozenset[Trait] | None = frozenset({Trait.COUPLES_EXAMPLES, Trait.REMEMBERS_DATA})
     needs_group: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
 
@@ -106,9 +106,11 @@ class FairnessRegularization(Guard):
         with torch.no_grad():
             hard = rate_sums(positive_scores(logits.float()), group, target, self.notion, groups)
             sums, counts = (_over_ranks(part, step, "sum") for part in hard)
-            self._sums = self.memory * _grown(self._sums, sums) + sums
-            self._counts = self.memory * _grown(self._counts, counts) + counts
-            gaps = rate_gaps(self._sums, self._counts)
+            all_sums = self.memory * _grown(self._sums, sums) + sums
+            all_counts = self.memory * _grown(self._counts, counts) + counts
+            if not step.rehearsal:
+                self._sums, self._counts = all_sums, all_counts
+            gaps = rate_gaps(all_sums, all_counts)
         self.report(step.module, gap=gaps.amax())
         if self.weight == 0:
             return step.loss
@@ -116,8 +118,8 @@ class FairnessRegularization(Guard):
         # DDP averages gradients over ranks; the rate of the union is the sum of their parts over its count.
         soft = soft * step.run.trainer.world_size / counts.clamp_min(1)
         # Value of the running rate, gradient of the batch's.
-        rates = self._sums / self._counts.clamp_min(torch.finfo(torch.float32).tiny) + (soft - soft.detach())
-        return step.loss + self.weight * rate_gaps(rates, (self._counts > 0).to(rates)).square().sum()
+        rates = all_sums / all_counts.clamp_min(torch.finfo(torch.float32).tiny) + (soft - soft.detach())
+        return step.loss + self.weight * rate_gaps(rates, (all_counts > 0).to(rates)).square().sum()
 
     def release(self, module: pl.LightningModule) -> None:
         rates = (self._sums / self._counts)[self._counts > 0]

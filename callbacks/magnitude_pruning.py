@@ -71,7 +71,7 @@ class MagnitudePruning(Guard):
 
     name: ClassVar[str] = "magnitude_pruning"
     phase: ClassVar[Phase] = Phase.WEIGHTS
-    traits: ClassVar[frozenset[Trait] | None] = frozenset({Trait.POST_PROCESSING})
+    traits: frozenset[Trait] | None = frozenset({Trait.POST_PROCESSING})
 
     def __init__(
         self,

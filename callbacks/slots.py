@@ -5,13 +5,13 @@ Slots, not a list, because lists of callbacks in two files silently replace each
 
 from importlib.metadata import entry_points
 
-from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning
 from lightning_guard.guard import Guard
 
 GROUP = "lightning_guard.guards"  # the entry points by which other packages add slots of their own
 
 
-OURS: tuple[type[Guard], ...] = (AdversarialTraining, FairnessRegularization, MagnitudePruning)
+OURS: tuple[type[Guard], ...] = (AdversarialTraining, DPSGD, FairnessRegularization, MagnitudePruning)
 TAKEN = "batch"  # under `guards:` it says how a batch is read, for all of them
 
 

@@ -54,6 +54,7 @@ class Run:
     guards: Sequence["Guard"]
     batch: Batch = field(default_factory=Batch)
     steps: int = 0  # training steps (micro-batches) begun since the start of training, resumed ones counted
+    undo: ExitStack = field(default_factory=ExitStack)  # what ends with the run, also if it fails
     _metrics: list[nn.Module] = field(default_factory=list)
     _probed: bool = False  # a first probe has shown that probes leave no trace
 
@@ -103,6 +104,8 @@ class Step:
         self.output: Any = None  # what training_step returned
         self.loss: Tensor | None = None
         self.probing = False
+        self.rehearsal = False  # made by `again`: counts for nothing, and nothing may be learnt from it
+        self.again: Any = None  # (batch) -> loss: this step once more on another batch, leaving no trace
         self.changed = False  # a guard put another batch in the place of the loader's
         self.forwards: list[Any] = []  # what the step's own forward passes returned
         self._group = None
@@ -225,6 +228,7 @@ class Guard(pl.Callback):
         rewrite(module)        the model, before weights are loaded and optimizers are made; must be idempotent
         on_loader(loader)      the training data loader
         on_batch(step)         the batch the model trains on
+        during(step)           around the user's training_step
         on_loss(step)          the loss
         on_gradients(module)   the gradients, right after each backward pass
         on_weights(optimizer)  the weights, right after the optimizer's step
@@ -245,7 +249,7 @@ class Guard(pl.Callback):
 
     name: ClassVar[str] = ""
     phase: ClassVar[Phase] = Phase.LOSS
-    traits: ClassVar[frozenset[Trait] | None] = None
+    traits: frozenset[Trait] | None = None
     needs_group: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     batch: Batch | None = None
@@ -256,6 +260,9 @@ class Guard(pl.Callback):
     def problems(self, run: Run) -> Iterable[str]:
         """Why this guard cannot keep its promise in this run, each naming option, value and remedy."""
         return ()
+
+    def prepare(self, run: Run) -> None:
+        """The run is found sound; its loaders, optimizers and restored states are not there yet."""
 
     def begin(self, run: Run) -> None:
         """Training is about to start: model, optimizers and the guard's restored state are there."""
@@ -270,6 +277,11 @@ class Guard(pl.Callback):
     def on_batch(self, step: Step) -> Any:
         """The batch to train on."""
         return step.batch
+
+    @contextmanager
+    def during(self, step: Step) -> Iterator[None]:
+        """A context around the user's own ``training_step``."""
+        yield
 
     def on_loss(self, step: Step) -> Tensor:
         """The loss to differentiate."""
@@ -306,6 +318,10 @@ class Guard(pl.Callback):
             # batch_size=1: a figure of the step, not of its examples. Ranks meet once, at the end of the epoch.
             key = f"guard/{self.name}/{figure}"
             module.log(key, value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+
+    def notes(self) -> list[str]:
+        """Sentences about the training that has just ended that its reader must know, for the report."""
+        return []
 
     @property
     def promise(self) -> str:

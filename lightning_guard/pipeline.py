@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_guard.checks import before_a_fit, read_as, whatever_the_stage
 from lightning_guard.guard import Guard, GuardConflict, Run, Step
+from lightning_guard.still import still
 from lightning_guard.undo import swap
 
 SECTION = "lightning_guard"  # of a checkpoint: {"version": 1, "steps": ..., "guards": {name: state}}
@@ -41,7 +42,6 @@ class Pipeline(Run):
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, guards: Sequence[Guard]):
         super().__init__(trainer, module, guards)
-        self.undo = ExitStack()
         self._undo_saving = ExitStack()  # outlives a failure, see `fail`
         self._stage = ""
         self._began = self._watched = False
@@ -63,6 +63,9 @@ class Pipeline(Run):
             problems += before_a_fit(self)
         if problems:
             raise GuardConflict(problems)
+        if stage == "fit":
+            for guard in self.guards:
+                guard.prepare(self)
         if self._acting("rewrite"):
             # No `wraps`: Lightning calls configure_model only if it looks overridden.
             swap(self.undo, self.module, "configure_model", self._rewriting)
@@ -78,7 +81,7 @@ class Pipeline(Run):
         swap(self._undo_saving, strategy, "save_checkpoint", self._saving)
         if self._acting("on_loader"):
             swap(self.undo, strategy, "process_dataloader", self._loading)
-        if self._acting("on_batch") or self._acting("on_loss") or self._withholds:
+        if any(map(self._acting, ("on_batch", "during", "on_loss"))) or self._withholds:
             swap(self.undo, self.module, "training_step", self._stepping)
         if self._acting("on_gradients"):
             # Around the precision plugin, which precedes every on_after_backward: no callback sees raw gradients.
@@ -196,23 +199,44 @@ class Pipeline(Run):
             if not self.module.automatic_optimization:
                 return self._step_manually(old, batch, args, kwargs)
             with self._one_step(batch) as step:
-                for guard in self._acting("on_batch"):
-                    step.batch = guard.on_batch(step)
-                step.changed = step.batch is not batch
-                given = self.batch.without_group(step.batch) if self._withholds else step.batch
-                try:
-                    with self._watching(step):
-                        step.output = old(given, *args, **kwargs)
-                except (ValueError, KeyError, IndexError) as error:
-                    if given is not step.batch:
-                        error.add_note(
-                            "Lightning Guard withheld the group from this batch; if training_step expects it, "
-                            "say so with Batch(withhold_group=False)"
-                        )
-                    raise
-                return self._with_loss(step)
+                step.again = partial(self._again, step, old, args, kwargs)
+                return self._guarded(step, old, args, kwargs)
 
         return training_step
+
+    def _guarded(self, step: Step, old: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        raw = step.batch
+        for guard in self._acting("on_batch"):
+            step.batch = guard.on_batch(step)
+        step.changed = step.batch is not raw
+        given = self.batch.without_group(step.batch) if self._withholds else step.batch
+        try:
+            with self._during(step), self._watching(step):
+                step.output = old(given, *args, **kwargs)
+        except (ValueError, KeyError, IndexError) as error:
+            if given is not step.batch:
+                error.add_note(
+                    "Lightning Guard withheld the group from this batch; if training_step expects it, "
+                    "say so with Batch(withhold_group=False)"
+                )
+            raise
+        return self._with_loss(step)
+
+    @contextmanager
+    def _during(self, step: Step) -> Iterator[None]:
+        with ExitStack() as around:
+            for guard in self._acting("during"):
+                around.enter_context(guard.during(step))
+            yield
+
+    def _again(self, step: Step, old: Callable[..., Any], args: Any, kwargs: Any, batch: Any) -> Tensor | None:
+        inner = Step(self, batch)
+        inner.index, inner.rehearsal = step.index, True
+        with still(self.module, self._metrics, training=True), ExitStack() as undo:
+            undo.callback(setattr, self, "step", step)
+            self.step = inner
+            self._guarded(inner, old, args, kwargs)
+        return inner.loss
 
     @contextmanager
     def _one_step(self, batch: Any) -> Iterator[Step]:
@@ -237,8 +261,10 @@ class Pipeline(Run):
 
     def _step_manually(self, old: Callable[..., Any], batch: Any, args: Any, kwargs: Any) -> Any:
         self.manual = None
-        with self._one_step(batch):
+        with self._one_step(batch) as step, self._during(step):
             output = old(batch, *args, **kwargs)
+        if not (self._acting("on_batch") or self._acting("on_loss")):
+            return output
         if self.manual is None or (self.manual.loss is None and self._acting("on_loss")):
             missing = "guard_step" if self.manual is None else "guard_loss"
             raise GuardConflict(

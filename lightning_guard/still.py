@@ -11,17 +11,20 @@ from lightning_guard.undo import swap
 
 
 @contextmanager
-def still(module: nn.Module, metrics: Sequence[nn.Module]) -> Iterator[None]:
-    """Passes through ``module`` inside this block log nothing, count in no metric and change no buffer or generator."""
+def still(module: nn.Module, metrics: Sequence[nn.Module], training: bool = False) -> Iterator[None]:
+    """Passes through ``module`` inside this block log nothing, count in no metric and change no generator.
+
+    With ``training`` layers keep their mode, so that whatever writes buffers in training does; else nothing does.
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     on_cuda = device.type == "cuda"
-    training = [layer for layer in module.modules() if layer.training]
+    active = [] if training else [layer for layer in module.modules() if layer.training]
     # cuDNN refuses a backward pass through a recurrent layer in eval mode; its dropout is stilled by hand.
-    recurrent = [layer for layer in training if isinstance(layer, nn.RNNBase)] if on_cuda else []
+    recurrent = [layer for layer in active if isinstance(layer, nn.RNNBase)] if on_cuda else []
     with ExitStack() as undo:
         undo.enter_context(torch.random.fork_rng([device] if on_cuda else []))
-        undo.callback(_set_training, training, True)
-        _set_training(training, False)
+        undo.callback(_set_training, active, True)
+        _set_training(active, False)
         for layer in recurrent:
             undo.callback(setattr, layer, "dropout", layer.dropout)
             layer.dropout, layer.training = 0.0, True

@@ -25,6 +25,12 @@ def swap(undo: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> 
     setattr(owner, name, standin)
 
 
+def swap_value(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set ``owner.name`` until ``undo`` closes."""
+    undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
 class StandIn:
     """A callable in the place of a method; copies and pickles of its owner get the method itself."""
 

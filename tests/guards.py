@@ -1,9 +1,10 @@
 """The table that puts every guard through the same tests. A guard of ours without a row fails `test_every_guard`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning
 from lightning_guard.guard import Guard
 
 
@@ -19,6 +20,10 @@ GUARDS: dict[type[Guard], Row] = {
     AdversarialTraining: Row(
         on=lambda: AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0)),
         off=lambda: AdversarialTraining(eps=0.0),
+    ),
+    DPSGD: Row(
+        on=lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.5, test_seed=5),
+        off=lambda: DPSGD(delta=1e-3, target_epsilon=math.inf),
     ),
     FairnessRegularization: Row(
         on=lambda: FairnessRegularization(weight=1.0),

@@ -8,7 +8,9 @@ import pytorch_lightning as pl
 import torch
 import torch.multiprocessing as mp
 
-from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.guard import Trait
+from tests import toys
 from tests.guards import GUARDS
 from tests.toys import Net, PlainNet, Rows, fit, loader
 
@@ -26,6 +28,11 @@ EXACT = {
     "fairness": lambda: FairnessRegularization(weight=1.0),
     "equalized_odds": lambda: FairnessRegularization("equalized_odds", weight=1.0, memory=0.5),
     "magnitude_pruning": lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
+    "dp_sgd": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.3, test_seed=3),
+    "dp_sgd, chunks": lambda: DPSGD(
+        delta=1e-3, noise_multiplier=0.5, max_physical_batch_size=8, target_quantile=0.5, test_seed=3
+    ),
+    "dp_sgd, by layer": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, clipping="per_layer", test_seed=3),
 }
 
 
@@ -64,10 +71,14 @@ def work(rank: int, port: int, folder: str) -> None:
     for name, guard in EXACT.items():
         found[name] = fit([guard()], Steady, torch.utils.data.DataLoader(rows, 8, sampler=shares), **two).state_dict()
     for guard, row in GUARDS.items():  # as users have it: dropout, batch norm, shuffling, a step that unpacks two
+        toys.BATCH_NORM = Trait.BOUNDS_EXAMPLES not in guard.traits
+        found["none " + guard.name] = fit(**two).state_dict()
         found["on " + guard.name] = fit([row.on()], Net if guard.needs_group else PlainNet, **two).state_dict()
         found["off " + guard.name] = fit([row.off()], **two).state_dict()
-    found["all"] = fit([row.on() for row in GUARDS.values()], **two).state_dict()
-    found["none"] = fit(**two).state_dict()
+    toys.BATCH_NORM = True
+    found["all"] = fit(
+        [row.on() for guard, row in GUARDS.items() if Trait.BOUNDS_EXAMPLES not in guard.traits], **two
+    ).state_dict()
     starts = Starts()
     same_rows = torch.utils.data.TensorDataset(torch.full((16, 6), 0.5), torch.zeros(16, dtype=torch.long))
     fit(
@@ -104,9 +115,9 @@ def test_ranks_agree_and_off_means_off(ranks):
                 torch.equal(ranks[0][name][key], ranks[1][name][key]) for key in ranks[0][name] if key in parameters
             ), name
     for guard in GUARDS:
-        for key in parameters:
-            assert torch.equal(ranks[0]["off " + guard.name][key], ranks[0]["none"][key])
-        assert any(not torch.equal(ranks[0]["on " + guard.name][key], ranks[0]["none"][key]) for key in parameters)
+        on, off, none = (ranks[0][f"{what} {guard.name}"] for what in ("on", "off", "none"))
+        assert all(torch.equal(off[key], none[key]) for key in none if key in parameters)
+        assert any(not torch.equal(on[key], none[key]) for key in none if key in parameters)
 
 
 def test_ranks_draw_different_random_starts(ranks):

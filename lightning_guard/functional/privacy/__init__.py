@@ -1,0 +1,34 @@
+"""Differential privacy: the plan, the draws, the book-keeping, the noise, and probes that try to refute them."""
+
+from lightning_guard.functional.privacy.accounting import Segment, epsilon, gaussian_epsilon
+from lightning_guard.functional.privacy.book import Bookkeeper, Unbooked
+from lightning_guard.functional.privacy.clipping import Clipping, adapted
+from lightning_guard.functional.privacy.layers import correct_adam_, group_norms
+from lightning_guard.functional.privacy.loaders import dealt, population
+from lightning_guard.functional.privacy.noise import Noise
+from lightning_guard.functional.privacy.plan import PrivacyPlan
+from lightning_guard.functional.privacy.probes import Findings, probe, take
+from lightning_guard.functional.privacy.sampling import Deal, Draws
+from lightning_guard.functional.privacy.sums import NoisySum
+
+__all__ = [
+    "Bookkeeper",
+    "Clipping",
+    "Deal",
+    "Draws",
+    "Findings",
+    "Noise",
+    "NoisySum",
+    "PrivacyPlan",
+    "Segment",
+    "Unbooked",
+    "adapted",
+    "correct_adam_",
+    "dealt",
+    "epsilon",
+    "gaussian_epsilon",
+    "group_norms",
+    "population",
+    "probe",
+    "take",
+]

@@ -1,0 +1,90 @@
+"""What a user's data loader draws from, and the same loader drawing by a plan."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_guard.functional.privacy.sampling import Draws
+
+
+def population(loader: Any, users: str | Sequence[Any] | None = None) -> int | list[list[int]]:
+    """Whom the loader's data are about: the number of rows, or the rows of each person.
+
+    Args:
+        loader: as the user made it.
+        users: the column that names the person of a row (an attribute or key of the dataset), or one name a row.
+
+    Raises:
+        ValueError: if the loader does not draw whole rows of a map-style dataset, each once an epoch, or there is no
+            such column.
+    """
+    kind = type(loader).__name__
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        raise ValueError(f"the training data come from a {kind}; give a DataLoader over a map-style dataset")
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"{type(loader.dataset).__name__} is a stream, from which no row can be drawn independently; "
+            "give a map-style dataset with __len__ and __getitem__"
+        )
+    if type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            "the DataLoader has a batch sampler of its own (or batch_size=None), which would be replaced; leave the "
+            "choice of rows to the plan: give batch_size, and shuffle or not"
+        )
+    sampler = loader.sampler
+    plain = isinstance(sampler, SequentialSampler | DistributedSampler) or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+    )
+    if not plain:
+        raise ValueError(
+            f"the DataLoader has a {type(sampler).__name__}, whose choice of rows would be lost; for some of the rows "
+            "use torch.utils.data.Subset, and for weights or repetitions there is no privacy accounting"
+        )
+    rows = len(loader.dataset)  # type: ignore[arg-type]
+    if not rows:
+        raise ValueError("the training data are empty")
+    if users is None:
+        return rows
+    column = _column(loader.dataset, users) if isinstance(users, str) else users
+    if len(column) != rows:
+        raise ValueError(f"users names {len(column)} people's rows, and the training data have {rows}; give one a row")
+    found: dict[Any, list[int]] = {}
+    for row, person in enumerate(column.tolist() if isinstance(column, Tensor) else column):
+        found.setdefault(person, []).append(row)
+    return list(found.values())
+
+
+def _column(dataset: Any, name: str) -> Any:
+    if isinstance(dataset, torch.utils.data.Subset):
+        column = _column(dataset.dataset, name)
+        return [column[i] for i in dataset.indices]
+    if hasattr(dataset, name):
+        return getattr(dataset, name)
+    if isinstance(dataset, Mapping) or hasattr(dataset, "column_names"):
+        return dataset[name]
+    raise ValueError(
+        f"users={name!r} is neither an attribute nor a column of {type(dataset).__name__}; give its name, or a "
+        "sequence with one person a row"
+    )
+
+
+def dealt(loader: DataLoader, draws: Draws) -> DataLoader:
+    """The loader with other batches, and otherwise as it was."""
+    options = {
+        name: getattr(loader, name)
+        for name in (
+            "collate_fn", "generator", "multiprocessing_context", "num_workers", "persistent_workers", "pin_memory",
+            "pin_memory_device", "prefetch_factor", "timeout", "worker_init_fn",
+        )
+    }  # fmt: skip
+    return DataLoader(loader.dataset, batch_sampler=draws, **options)
