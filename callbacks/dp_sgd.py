@@ -157,6 +157,7 @@ class DPSGD(Guard):
         self._restored: Mapping[str, Any] | None = None
         self._draws: Draws | None = None
         self._deal: Deal | None = None
+        self._place = (-1, -1)  # epoch and batch of the last step
         self._probed = False
         self._logged: dict[str, None] = {}  # what the user's module logged of training, in order
         self._dropped = 0
@@ -346,7 +347,14 @@ class DPSGD(Guard):
                 f"{self.name}: a backward pass was made that Lightning did not see, so its gradients were never "
                 "clipped; call self.manual_backward(loss) instead of loss.backward()"
             )
-        self._deal = deal = self._draws.next_deal()
+        place = (step.run.trainer.current_epoch, step.run.trainer.fit_loop.epoch_loop.batch_idx)
+        if place == self._place:
+            raise GuardConflict(
+                f"{self.name}: the optimizer asks for the loss of a batch more than once, and each gradient that it sees "
+                "costs privacy; use one that asks once (LBFGS does not)"
+            )
+        self._place, self._deal = place, self._draws.next_deal()
+        deal = self._deal
         if deal.first:
             self._sum.begun, self._released, self._unclipped = False, 0, 0.0
         if self._steps >= self.plan.steps:
@@ -421,7 +429,7 @@ class DPSGD(Guard):
         if self._released >= self.releases:
             raise GuardConflict(
                 f"{self.name}: more than releases={self.releases} backward passes on one batch, and each is noised and "
-                "paid for; set releases to their number (LBFGS makes as many as it likes: use another optimizer)"
+                "paid for; set releases to their number"
             )
         missing = [name for name in book.unbooked() if module.get_parameter(name).requires_grad]
         if missing and module.automatic_optimization:
@@ -503,7 +511,7 @@ class DPSGD(Guard):
     def _watching(self, old: Any) -> Any:
         @wraps(old)
         def log(name: str, *args: Any, **kwargs: Any) -> None:
-            if self._run.trainer.training and not name.startswith("guard/"):
+            if self._run.trainer.training and not name.startswith(f"guard/{self.name}/"):
                 self._logged[name] = None
                 if self.withhold_metrics:
                     return

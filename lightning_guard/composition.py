@@ -55,6 +55,22 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "adversarial_training",
+        "dp_sgd",
+        Verdict.SOUND,
+        "each example is attacked by its own gradient alone, in passes that book nothing, and clipped once",
+        "an attack costs forward passes and no privacy, so take larger batches before more steps",
+        "measured: the probe of the first step finds no coupling",
+    ),
+    Rule(
+        "dp_sgd",
+        "magnitude_pruning",
+        Verdict.SOUND,
+        "masks are computed from weights that are private already, which costs nothing",
+        "clip what is left: gradients of pruned weights still take part of the norm",
+        "Adamczewski and Park, arXiv:2303.04612",
+    ),
+    Rule(
+        "adversarial_training",
         "fairness",
         Verdict.SOUND,
         "the attack climbs the task loss alone, and rates are read from the logits that the step trains on",
@@ -68,6 +84,14 @@ RULES: tuple[Rule, ...] = (
         "masks are a function of the weights, and the attack sees the masked model",
         "keep the attack on while weights are removed",
         "Sehwag et al. (HYDRA), NeurIPS 2020, arXiv:2002.10509",
+    ),
+    Rule(
+        "dp_sgd",
+        "privacy_audit",
+        Verdict.SOUND,
+        "canaries are among the rows before draws are planned, so they are drawn, clipped and noised as any row",
+        "the audited model is for auditing: train the one to use without canaries",
+        "Steinke et al., NeurIPS 2023, arXiv:2305.08846",
     ),
     Rule(
         "fairness",

@@ -93,7 +93,8 @@ class ArmRun:
             group_names=getattr(data, "group_names", None),
             class_names=getattr(data, "class_names", None),
         )
-        evidence = reduce(or_, [*(judge.evaluate(subject) for judge in self.judges), _cost(witness, module)])
+        told = Evidence(notes=[f"{guard.name}: {note}" for guard in guards for note in guard.notes()])
+        evidence = reduce(or_, [*(judge.evaluate(subject) for judge in self.judges), _cost(witness, module), told])
         torch.save(module.state_dict(), self.folder / "weights.pt")
         result = {
             "fingerprint": self.fingerprint,
