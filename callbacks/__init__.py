@@ -7,5 +7,6 @@ from lightning_guard.callbacks.adversarial_training import AdversarialTraining
 from lightning_guard.callbacks.dp_sgd import DPSGD
 from lightning_guard.callbacks.fairness import FairnessRegularization
 from lightning_guard.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_guard.callbacks.privacy_audit import PrivacyAudit
 
-__all__ = ["DPSGD", "AdversarialTraining", "FairnessRegularization", "MagnitudePruning"]
+__all__ = ["DPSGD", "AdversarialTraining", "FairnessRegularization", "MagnitudePruning", "PrivacyAudit"]

@@ -5,13 +5,19 @@ Slots, not a list, because lists of callbacks in two files silently replace each
 
 from importlib.metadata import entry_points
 
-from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import (
+    DPSGD,
+    AdversarialTraining,
+    FairnessRegularization,
+    MagnitudePruning,
+    PrivacyAudit,
+)
 from lightning_guard.guard import Guard
 
 GROUP = "lightning_guard.guards"  # the entry points by which other packages add slots of their own
 
 
-OURS: tuple[type[Guard], ...] = (AdversarialTraining, DPSGD, FairnessRegularization, MagnitudePruning)
+OURS: tuple[type[Guard], ...] = (AdversarialTraining, DPSGD, FairnessRegularization, MagnitudePruning, PrivacyAudit)
 TAKEN = "batch"  # under `guards:` it says how a batch is read, for all of them
 
 

@@ -89,22 +89,27 @@ class Batch:
 
     def with_inputs(self, batch: Any, inputs: Any) -> Any:
         """The same batch with other inputs, as a new object of the same type."""
-        if isinstance(batch, Tensor):
-            return inputs
-        key = self.find(batch, "inputs")
+        return inputs if isinstance(batch, Tensor) else self._with(batch, "inputs", inputs)
+
+    def with_target(self, batch: Any, target: Any) -> Any:
+        """The same batch with another target, as a new object of the same type."""
+        return self._with(batch, "target", target)
+
+    def _with(self, batch: Any, part: str, value: Any) -> Any:
+        key = self.find(batch, part)
         if key is None:
-            raise KeyError(f"this batch has no inputs: it is {_describe(batch)}; say where with Batch(inputs=...)")
+            raise KeyError(f"this batch has no {part}: it is {_describe(batch)}; say where with Batch({part}=...)")
         if isinstance(batch, MutableMapping):
             changed = copy.copy(batch)
-            changed[key] = inputs
+            changed[key] = value
             return changed
         if isinstance(batch, list):
-            return [inputs if i == int(key) % len(batch) else part for i, part in enumerate(batch)]
+            return [value if i == int(key) % len(batch) else one for i, one in enumerate(batch)]
         if hasattr(batch, "_replace"):
-            return batch._replace(**{batch._fields[key] if isinstance(key, int) else key: inputs})
+            return batch._replace(**{batch._fields[key] if isinstance(key, int) else key: value})
         if isinstance(batch, tuple):
-            return tuple(inputs if i == int(key) % len(batch) else part for i, part in enumerate(batch))
-        return dataclasses.replace(batch, **{str(key): inputs})
+            return tuple(value if i == int(key) % len(batch) else one for i, one in enumerate(batch))
+        return dataclasses.replace(batch, **{str(key): value})
 
     def without_group(self, batch: Any) -> Any:
         """The batch as a step expects it that knows no group; named fields stay, since nobody trips over them."""

@@ -4,7 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import (
+    DPSGD,
+    AdversarialTraining,
+    FairnessRegularization,
+    MagnitudePruning,
+    PrivacyAudit,
+)
 from lightning_guard.guard import Guard
 
 
@@ -32,5 +38,9 @@ GUARDS: dict[type[Guard], Row] = {
     MagnitudePruning: Row(
         on=lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
         off=lambda: MagnitudePruning(sparsity=0.0),
+    ),
+    PrivacyAudit: Row(
+        on=lambda: PrivacyAudit(canaries=32, seed=5),  # 16 of them in: five batches of 16 instead of four
+        off=lambda: PrivacyAudit(canaries=0),
     ),
 }

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 import torch.multiprocessing as mp
 
-from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning, PrivacyAudit
 from lightning_guard.guard import Trait
 from tests import toys
 from tests.guards import GUARDS
@@ -28,6 +28,7 @@ EXACT = {
     "fairness": lambda: FairnessRegularization(weight=1.0),
     "equalized_odds": lambda: FairnessRegularization("equalized_odds", weight=1.0, memory=0.5),
     "magnitude_pruning": lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
+    "privacy_audit": lambda: PrivacyAudit(canaries=32, seed=5),
     "dp_sgd": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.3, test_seed=3),
     "dp_sgd, chunks": lambda: DPSGD(
         delta=1e-3, noise_multiplier=0.5, max_physical_batch_size=8, target_quantile=0.5, test_seed=3

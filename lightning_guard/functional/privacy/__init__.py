@@ -1,10 +1,12 @@
 """Differential privacy: the plan, the draws, the book-keeping, the noise, and probes that try to refute them."""
 
 from lightning_guard.functional.privacy.accounting import Segment, epsilon, gaussian_epsilon
+from lightning_guard.functional.privacy.audit import AuditResult, audit, ceiling, contrast, epsilon_lower_bound, p_value
 from lightning_guard.functional.privacy.book import Bookkeeper, Unbooked
+from lightning_guard.functional.privacy.canaries import Mixed, Outliers, label, relabelled
 from lightning_guard.functional.privacy.clipping import Clipping, adapted
 from lightning_guard.functional.privacy.layers import correct_adam_, group_norms
-from lightning_guard.functional.privacy.loaders import dealt, population
+from lightning_guard.functional.privacy.loaders import dealt, population, refilled
 from lightning_guard.functional.privacy.noise import Noise
 from lightning_guard.functional.privacy.plan import PrivacyPlan
 from lightning_guard.functional.privacy.probes import Findings, probe, take
@@ -12,23 +14,34 @@ from lightning_guard.functional.privacy.sampling import Deal, Draws
 from lightning_guard.functional.privacy.sums import NoisySum
 
 __all__ = [
+    "AuditResult",
     "Bookkeeper",
     "Clipping",
     "Deal",
     "Draws",
     "Findings",
+    "Mixed",
     "Noise",
     "NoisySum",
+    "Outliers",
     "PrivacyPlan",
     "Segment",
     "Unbooked",
     "adapted",
+    "audit",
+    "ceiling",
+    "contrast",
     "correct_adam_",
     "dealt",
     "epsilon",
+    "epsilon_lower_bound",
     "gaussian_epsilon",
     "group_norms",
+    "label",
+    "p_value",
     "population",
     "probe",
+    "refilled",
+    "relabelled",
     "take",
 ]

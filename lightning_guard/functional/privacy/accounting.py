@@ -86,10 +86,12 @@ def _epsilon(segments: tuple[tuple[float, float, int], ...], delta: float) -> fl
         return whole
     segments = _coarsened(segments)
     loose = min(_renyi_epsilon(segments, delta), whole)  # sampling can only help
+    if loose <= 0:
+        return 0.0
     tight = _convolved_epsilon(segments, delta, 0.01 * loose)
     if tight < loose / 2:  # that was 1 % of far too much
         tight = min(tight, _convolved_epsilon(segments, delta, 0.01 * tight))
-    return max(min(tight, loose), 0.0)
+    return min(tight, loose)
 
 
 def _coarsened(segments: tuple[tuple[float, float, int], ...]) -> tuple[tuple[float, float, int], ...]:
@@ -266,7 +268,10 @@ def _tail_epsilon(masses: Vector, mesh: float, rest: float, delta: float) -> flo
     losses = mesh * np.arange(len(masses)) + rest
     above = masses[::-1].cumsum()[::-1]
     scaled = (masses * np.exp(-losses))[::-1].cumsum()[::-1]
-    place = int(np.argmax(above - np.exp(losses) * scaled <= delta))
+    fits = above - np.exp(losses) * scaled <= delta
+    if not fits.any():  # not a number
+        return math.inf
+    place = int(np.argmax(fits))
     return math.log((above[place] - delta) / scaled[place]) if place else 0.0
 
 

@@ -12,13 +12,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_guard.functional.privacy.records import Arena, Full, Record, squared_norms
+from lightning_guard.functional.privacy.records import Full, Record, Scratch, squared_norms
 from lightning_guard.functional.privacy.rules import RULES, PerExample, Rule
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # a tensor and the part of it: offset, size, stride
 
 # A contribution may exceed its bound by what rounding does to norms and products; clipping to a little less covers it.
 MARGIN = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
+_ROUNDED = {"tf32": 2.0**-9, "bf16": 2.0**-6}  # where torch may round what float32 layers multiply
 
 
 class Unbooked(ValueError):
@@ -34,7 +35,9 @@ class Part:
     key: Key = field(init=False)
 
     def __post_init__(self) -> None:
-        self.key = (id(self.root), self.view.storage_offset(), tuple(self.view.shape), self.view.stride())
+        size = tuple(self.view.shape)
+        stride = tuple(step if n > 1 else 0 for step, n in zip(self.view.stride(), size, strict=True))
+        self.key = (id(self.root), self.view.storage_offset(), size, stride)
 
     def of(self, gradient: Tensor) -> Tensor:
         """The same part of the root's gradient."""
@@ -56,7 +59,8 @@ class _Booked(torch.autograd.Function):
         ctx.rule = rule
         out, *saved = rule.forward(x)
         ctx.save_for_backward(*saved)
-        return out
+        # Of a view that was made in here autograd allows no change in place, as of a ReLU.
+        return out if out._base is None else torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     @once_differentiable
@@ -69,6 +73,10 @@ class Bookkeeper(TorchFunctionMode):
 
     It sees calls of torch, not modules, so it does not matter who makes them: a layer, a functional call with
     somebody's weight, attention, a tied head. Nothing is wrapped and no hook is set on a layer.
+
+    What has as many rows as the step is taken for its examples. Positions or classes of just that number, beside a bare
+    parameter or in an embedding, cannot be told apart on the first step; on later ones they can, if ever the numbers
+    differed. So try another number first, as :func:`~lightning_guard.functional.privacy.probe` does.
 
     Args:
         parameters: the trainable parameters by name.
@@ -99,14 +107,15 @@ class Bookkeeper(TorchFunctionMode):
         self.units, self.rows = 0, 1
         self.weights: Tensor | None = None
         self._met: dict[int, str] = {}
-        self.arena = Arena()
+        self._strange: nn.Parameter | None = None  # the first beside a batch in a function without a rule
+        self._batchless: set[tuple[frozenset[int], str, int]] = set()
+        self.scratch = Scratch()
         self.clear()
 
     # One step ---------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Forget what is booked."""
-        self.arena.reset()
         self.records: dict[Key, list[Record]] = {}
         self.parts: dict[Key, Part] = {}
         self.dtype = torch.float64  # the coarsest in which something was booked
@@ -115,7 +124,7 @@ class Bookkeeper(TorchFunctionMode):
     def step(self, units: int, rows: int = 1, weights: Tensor | None = None) -> Iterator[None]:
         """Book the forward passes of one step: ``units`` of ``rows`` consecutive rows each, with weights ``(N,)``."""
         self.clear()
-        self.derived = {}
+        self.derived, self._strange = {}, None
         self.units, self.rows, self.weights = units, rows, weights
         self.anchor = torch.zeros((), requires_grad=True)
         self.active = True
@@ -151,9 +160,12 @@ class Bookkeeper(TorchFunctionMode):
 
     def _raw(self, parameter: Tensor) -> None:
         parameter.grad = None  # nobody may see it
-        self.raw = self.parameters[id(parameter)]
-        name, met = self.names[id(parameter)], self._met.get(id(parameter))
-        how = f"through {met}, for which there is no rule" if met else "in a pass that is not booked"
+        # What follows a layer without a rule may get raw gradients because of it.
+        self.raw = self._strange if self._strange is not None else self.parameters[id(parameter)]
+        name, met = self.names[id(self.raw)], self._met.get(id(self.raw))
+        how = "in a pass that is not booked"
+        if met:
+            how = f"through {met}, for which there is no rule or not with a batch of {self.units * self.rows} rows"
         raise self.error(
             f"{name} got a raw gradient {how}; multiply by it with a layer or function of torch.nn, freeze it with "
             "requires_grad_(False), and use neither checkpointing nor backward passes of your own in training"
@@ -219,9 +231,12 @@ class Bookkeeper(TorchFunctionMode):
         if key in self.parameters or key in self.derived:
             return x
         base = x._base
-        if base is not None and (id(base) in self.parameters or id(base) in self.derived):
-            return base
-        return None
+        if base is None or not (id(base) in self.parameters or id(base) in self.derived):
+            return None
+        if _overlaps(x):  # expanded, say: what its entries get adds up in the base's
+            self.derived[key] = x
+            return x
+        return base
 
     def part(self, x: Any) -> Part | None:
         """What to book the gradients of ``x`` under; None if it is not trained."""
@@ -234,17 +249,38 @@ class Bookkeeper(TorchFunctionMode):
         """Note that ``out`` was computed from parameters, natively."""
         if self.root(out) is not None:
             return
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         name = getattr(func, "__name__", str(func))
+        count = self.units * self.rows
+        beside = any(a.is_floating_point() and a.shape[:1] == (count,) and self.root(a) is None for a in tensors)
         for arg in tensors:
             root = self.root(arg)
             if root is not None:
                 self._met[id(root)] = name
+                if beside and func not in RULES and self._strange is None:
+                    self._strange = self.parameters.get(id(root))
         if all(self.root(a) is not None for a in tensors if a.requires_grad):
             self.derived[id(out)] = out
 
+    def batchless(self, part: Part, how: str, dims: int, first: int) -> bool:
+        """Whether what a part meets in some kind of call has no batch dimension in front, but for instance positions.
+
+        The sizes may be equal by chance. So what was once seen without one, beside the same parameters and with as many
+        dimensions, is taken to be without one ever after.
+        """
+        count = self.units * self.rows
+        leaves = _leaves(part.root) if part.root.grad_fn is not None else [part.root]
+        key = (frozenset(id(leaf) for leaf in leaves), how, dims)
+        if first not in (1, count):
+            self._batchless.add(key)
+        return first != count or (count > 1 and key in self._batchless)
+
     def apply(self, rule: Rule, x: Tensor) -> Tensor:
         """Run a layer by its rule."""
+        # What checkpointing computes again in the backward pass is not booked, and it would mistake what is saved.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+            raise self.error("activations are checkpointed, which computes layers again past the book; switch it off")
         return _Booked.apply(self.anchor, rule, x)
 
     # What a rule says --------------------------------------------------------------------------------------------
@@ -283,7 +319,7 @@ class Bookkeeper(TorchFunctionMode):
         """Book the gradients of one call."""
         self.parts[part.key] = part
         known = self.records.setdefault(part.key, [])
-        if known and isinstance(known[-1], Full) and isinstance(record, Full):
+        if known and isinstance(known[-1], Full) and isinstance(record, Full) and known[-1].g.shape == record.g.shape:
             known[-1] = Full(known[-1].g + record.g, record.back)
         else:
             known.append(record)
@@ -321,6 +357,7 @@ class Bookkeeper(TorchFunctionMode):
             self._derived_norms(out, index)
         return out
 
+    @torch.no_grad()
     @torch.no_grad()
     def add_sums(self, factors: Tensor, out: Mapping[int, Tensor], groups: Mapping[int, int] | None = None) -> None:
         """Add the sums of ``factors[group, i] * gradient[i]`` to the tensors of each parameter.
@@ -363,7 +400,14 @@ class Bookkeeper(TorchFunctionMode):
     @property
     def margin(self) -> float:
         """How far below its bound to clip, as a fraction, for the precision of what is booked."""
-        return MARGIN[self.dtype]
+        margin = MARGIN[self.dtype]
+        if self.dtype is torch.float32:
+            cuda = any(part.root.is_cuda for part in self.parts.values())
+            backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+            if not cuda:
+                backends = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+            margin = max(margin, *(_ROUNDED.get(backend.fp32_precision, 0.0) for backend in backends))
+        return margin
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
@@ -426,7 +470,7 @@ class Bookkeeper(TorchFunctionMode):
                         for record in records:
                             for i, g in enumerate(record.full(start, stop)):
                                 part.of(grad[i]).add_(g.view(part.key[2]))
-                out[index.get(id(source), 0), start:stop] += grad.flatten(1).square().sum(1, dtype=out.dtype)
+                out[index.get(id(source), 0), start:stop] += Full(grad).squares()
 
 
 def _batched_vjp(roots: Sequence[Tensor], sources: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -444,6 +488,25 @@ def _batched_vjp(roots: Sequence[Tensor], sources: Sequence[Tensor], given: Sequ
     except RuntimeError:  # an operation that cannot be batched: one unit after another
         each = [products([vectors[i] for vectors in given], batched=False) for i in range(len(given[0]))]
         return [torch.stack(grads) for grads in zip(*each, strict=True)]
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple | list):
+            yield from (one for one in arg if isinstance(one, Tensor))
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two entries may be the same number in memory."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _leaves(x: Tensor) -> Iterator[Tensor | None]:

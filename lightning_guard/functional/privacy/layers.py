@@ -15,10 +15,12 @@ def group_norms(module: nn.Module) -> int:
         >>> group_norms(net), net[1].num_groups
         (1, 2)
     """
-    count = 0
+    done: dict[nn.Module, nn.Module] = {}  # a layer may have several names
     for parent in list(module.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        for name, layer in list(parent._modules.items()):
+            if layer in done:
+                setattr(parent, name, done[layer])
+            elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 channels = layer.num_features
                 groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 8))
                 made = nn.GroupNorm(groups, channels, layer.eps, layer.affine)
@@ -26,8 +28,8 @@ def group_norms(module: nn.Module) -> int:
                     made.weight, made.bias = layer.weight, layer.bias
                 made.train(layer.training)
                 setattr(parent, name, made)
-                count += 1
-    return count
+                done[layer] = made
+    return len(done)
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def correct_adam_(optimizer: torch.optim.Optimizer, variance: float, floor: floa
                 continue
             count = float(state["step"])
             m = state["exp_avg"] / (1 - first**count)
-            v = state["exp_avg_sq"] / (1 - second**count)
+            v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"] / (1 - second**count)
             taken = 1 / (v.sqrt() + group["eps"])
             wanted = (v - variance).clamp_(min=max(floor * variance, group["eps"] ** 2)).rsqrt_()
-            p.add_(m.mul_(wanted.sub_(taken)), alpha=(1 if group["maximize"] else -1) * float(group["lr"]))
+            p.add_(m.mul_(wanted.sub_(taken)), alpha=-float(group["lr"]))  # maximize is in the moments already

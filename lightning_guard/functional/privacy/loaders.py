@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -60,7 +61,8 @@ def population(loader: Any, users: str | Sequence[Any] | None = None) -> int | l
         raise ValueError(f"users names {len(column)} people's rows, and the training data have {rows}; give one a row")
     found: dict[Any, list[int]] = {}
     for row, person in enumerate(column.tolist() if isinstance(column, Tensor) else column):
-        found.setdefault(person, []).append(row)
+        # Tensors are equal to nobody but themselves.
+        found.setdefault(person.item() if isinstance(person, Tensor) else person, []).append(row)
     return list(found.values())
 
 
@@ -70,8 +72,8 @@ def _column(dataset: Any, name: str) -> Any:
         return [column[i] for i in dataset.indices]
     if hasattr(dataset, name):
         return getattr(dataset, name)
-    if isinstance(dataset, Mapping) or hasattr(dataset, "column_names"):
-        return dataset[name]
+    if name in (dataset if isinstance(dataset, Mapping) else getattr(dataset, "column_names", ())):
+        return dataset[name]  # type: ignore[index]
     raise ValueError(
         f"users={name!r} is neither an attribute nor a column of {type(dataset).__name__}; give its name, or a "
         "sequence with one person a row"
@@ -80,11 +82,33 @@ def _column(dataset: Any, name: str) -> Any:
 
 def dealt(loader: DataLoader, draws: Draws) -> DataLoader:
     """The loader with other batches, and otherwise as it was."""
-    options = {
+    return DataLoader(loader.dataset, batch_sampler=draws, **_options(loader))
+
+
+def refilled(loader: DataLoader, dataset: Dataset) -> DataLoader:
+    """The loader over other rows, each once an epoch in an order of the same kind, and otherwise as it was.
+
+    Args:
+        loader: one that :func:`population` does not refuse.
+        dataset: the rows.
+    """
+    sampler: Any = loader.sampler
+    if isinstance(sampler, DistributedSampler):
+        sampler = DistributedSampler(
+            dataset, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
+        )
+    elif isinstance(sampler, RandomSampler):
+        sampler = RandomSampler(dataset, generator=sampler.generator)  # type: ignore[arg-type]
+    else:
+        sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
+    return DataLoader(dataset, loader.batch_size, sampler=sampler, drop_last=loader.drop_last, **_options(loader))
+
+
+def _options(loader: DataLoader) -> dict[str, Any]:
+    return {
         name: getattr(loader, name)
         for name in (
             "collate_fn", "generator", "multiprocessing_context", "num_workers", "persistent_workers", "pin_memory",
             "pin_memory_device", "prefetch_factor", "timeout", "worker_init_fn",
         )
     }  # fmt: skip
-    return DataLoader(loader.dataset, batch_sampler=draws, **options)

@@ -210,14 +210,17 @@ class PrivacyPlan:
             return plan(length, accounting.noise_multiplier(target_epsilon, delta, lambda z: lone(z).ledger()))
         if target_epsilon is not None and noise_multiplier is not None:
             whole = plan(1 if length is None else length, noise_multiplier)
+            if length is not None and whole.epsilon() <= target_epsilon:
+                return whole
             most = _MOST_STEPS if length is None else length
             found = accounting.affordable_steps(
                 target_epsilon, delta, lambda steps: replace(whole, steps=steps).ledger(), most
             )
             if found == 0:
                 raise ValueError(
-                    f"target_epsilon={target_epsilon} does not pay for one step, which spends {whole.epsilon(1):.3g} with "
-                    f"noise_multiplier={noise_multiplier}; give more of either, or a smaller batch_size"
+                    f"target_epsilon={target_epsilon} does not pay for one step, which spends "
+                    f"{whole.epsilon(1):.3g} with noise_multiplier={noise_multiplier}; give more of either, or a "
+                    "smaller batch_size"
                 )
             if length is None and found == most:
                 raise ValueError(

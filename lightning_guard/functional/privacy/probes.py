@@ -78,24 +78,30 @@ def probe(
             return torch.zeros(len(book.parameters), len(order)), torch.zeros(1)
         loss.backward()
         each = book.squared_norms([[p] for p in book.parameters.values()])
-        factors = factors_of(book.squared_norms(groups).sqrt_(), len(order))
+        norms = book.squared_norms(groups).sqrt_()
+        factors = factors_of(norms, len(order))
+        book.drop(~norms.isfinite().all(0))
         sums = {key: torch.zeros_like(p) for key, p in book.parameters.items()}
         book.add_sums(factors, sums, {id(p): g for g, group in enumerate(groups) for p in group})
         return each, torch.cat([total.flatten() for total in sums.values()])
 
+    # First another number of units, so that the book sees what only has as many rows by chance.
+    twice, _ = run(few + few)
     each, total = run(few)
     coupling, parameter, influence = 0.0, 0, 0.0
-    floor = each.sqrt().amax() * 1e-3
+    floor = each[each.isfinite()].sqrt().amax() * 1e-3 if each.isfinite().any() else 0.0
     for i in range(min(count, 3)):
         order = few.copy()
         order[i] = (i + 1) % count
         others, moved = run(order)
         change = (others.sqrt() - each.sqrt()).abs() / (each.sqrt() + floor)
+        same = (others == each) | (~others.isfinite() & ~each.isfinite())  # what is not finite is dropped
+        change[same] = 0
+        change = change.nan_to_num(nan=torch.inf)
         change[:, i] = 0
         if float(change.max()) > coupling:
             coupling, parameter = float(change.max()), int(change.amax(1).argmax())
         influence = max(influence, float((moved - total).norm()) / max_grad_norm)
-    twice, _ = run(few + few)
     ratio = float((twice[:, :count].sum() / each.sum().clamp_min(torch.finfo(each.dtype).tiny)).sqrt())
     reduction: Literal["mean", "sum"] | None = None
     if abs(ratio - 0.5) < 0.01:

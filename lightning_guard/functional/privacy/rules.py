@@ -5,6 +5,7 @@ not apply; then the function runs natively, and a raw gradient that reaches a pa
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import ge
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 # Gradients are written down where they take at most this many times the memory of inputs and output gradients: then
 # the clipped sum costs next to nothing, and what the layer saved is free again.
-KEEP = 2.0
+KEEP = 1.5
 
 
 class Rule:
@@ -68,9 +69,7 @@ class Linear(Rule):
             a = book.by_unit(book.by_row(x, part)).to(b.dtype)
             p, d, t = a.shape[2], rows.shape[2], a.shape[1]
             if t > 1 and p * d <= KEEP * t * (p + d):
-                book.add(
-                    self.weight_part, Full(torch.bmm(rows.transpose(1, 2), a, out=book.arena.take((len(a), d, p), a)))
-                )
+                book.add(self.weight_part, Full(torch.bmm(rows.transpose(1, 2), a)))
             else:
                 book.add(self.weight_part, Outer(a, rows, bias if t == 1 else None))
         book.seq_first = was
@@ -78,18 +77,25 @@ class Linear(Rule):
 
 
 class Convolution(Rule):
-    """Convolutions of one to three dimensions; x is ``(N, C, ...)``."""
+    """Convolutions, and with ``extra`` output padding transposed ones; x is ``(N, C, ...)`` of 1 to 3 dimensions."""
 
-    def __init__(self, book: "Bookkeeper", weight: Tensor, bias: Tensor | None, geometry: Geometry):
+    def __init__(
+        self, book: "Bookkeeper", call: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, geometry: Geometry,
+        extra: Sequence[int] | None = None,
+    ):  # fmt: skip
         super().__init__(book)
+        self.call = call  # one that autocast knows
+        self.transposed, self.extra = extra is not None, list(extra or [0] * len(geometry.stride))
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.weight_part, self.bias_part, self.geometry = book.part(weight), book.part(bias), geometry
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
         g = self.geometry
-        zeros = [0] * len(g.stride)
-        out = torch.convolution(x, self.weight, self.bias, g.stride, g.padding, g.dilation, False, zeros, g.groups)
-        return out, x
+        if self.transposed:
+            rest = g.stride, g.padding, self.extra, g.groups, g.dilation
+        else:
+            rest = g.stride, g.padding, g.dilation, g.groups
+        return self.call(x, self.weight, self.bias, *rest), x
 
     def backward(self, b: Tensor, saved: Sequence[Tensor], wanted: bool) -> Tensor | None:
         book, g, (x,) = self.book, self.geometry, saved
@@ -101,17 +107,18 @@ class Convolution(Rule):
             self.add_bias(self.bias_part, book.by_unit(rows.flatten(2).sum(2)))
         if self.weight_part is not None:
             size = tuple(self.weight.shape)
-            record = Conv(book.by_row(x, part).to(b.dtype), rows, size, g, book.units, book.arena)
+            sides = (book.by_row(x, part).to(b.dtype), rows)
+            # A transposed convolution is the adjoint: what it puts out is what the convolution would take in.
+            record = Conv(*(sides[::-1] if self.transposed else sides), size, g, book.units, book.scratch)
             if self.weight.numel() <= 2 * KEEP * (x[0].numel() + b[0].numel()) * book.rows:
                 book.add(self.weight_part, Full(record.turned(0, book.units), record.back))
             else:
                 book.add(self.weight_part, record)
         if not wanted:
             return None
-        zeros = [0] * len(g.stride)
         grads = torch.ops.aten.convolution_backward(
-            b, x.to(b.dtype), self.weight.to(b.dtype), None, g.stride, g.padding, g.dilation, False, zeros, g.groups,
-            [True, False, False],
+            b, x.to(b.dtype), self.weight.to(b.dtype), None, g.stride, g.padding, g.dilation, self.transposed,
+            self.extra, g.groups, [True, False, False],
         )  # fmt: skip
         return grads[0].to(x.dtype)
 
@@ -203,7 +210,14 @@ class PerExample(Rule):
         self.module, self.call = module, forward
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        return self.call(x), x
+        self.autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        out = self.call(x)
+        if not isinstance(out, Tensor):
+            raise self.book.error(
+                f"{type(self.module).__name__} has no rule and gives a {type(out).__name__}, so its gradients cannot "
+                "be computed example by example; write it with layers that give one tensor, or freeze it"
+            )
+        return out, x
 
     def backward(self, b: Tensor, saved: Sequence[Tensor], wanted: bool) -> Tensor | None:
         book, (x,) = self.book, saved
@@ -223,7 +237,8 @@ class PerExample(Rule):
 
         parts = {name: book.part(p) for name, p in trained.items()}
         first = next(part for part in parts.values() if part is not None)
-        with torch.enable_grad(), book.paused():
+        again = torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False)
+        with torch.enable_grad(), book.paused(), again:
             grads, gx = torch.func.vmap(one)(book.by_row(x, first), book.by_row(b, first))
         for name, grad in grads.items():
             rows = book.weighted(grad).reshape(book.units, book.rows, *grad.shape[1:])
@@ -247,6 +262,11 @@ def _for(*functions: Any) -> Callable[[Handler], Handler]:
     return note
 
 
+def _free(book: "Bookkeeper", *given: Any) -> bool:
+    """Whether all of these are constants or booked: a weight that a layer made of the batch is neither."""
+    return all(x is None or not x.requires_grad or book.part(x) is not None for x in given)
+
+
 def _bound(names: str, args: Sequence[Any], kwargs: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     return {**dict.fromkeys(names.split()), **defaults, **dict(zip(names.split(), args, strict=False)), **kwargs}
 
@@ -254,16 +274,27 @@ def _bound(names: str, args: Sequence[Any], kwargs: Mapping[str, Any], **default
 @_for(F.linear)
 def _linear(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     given = _bound("input weight bias", args, kwargs)
-    if book.part(given["input"]) is not None:  # a tensor of parameters goes in: a weight computed from weights
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    if _constant(book, x, weight if book.part(weight) is not None else bias) or not _free(book, weight, bias):
         return NotImplemented
-    return book.apply(Linear(book, given["weight"], given["bias"]), given["input"])
+    return book.apply(Linear(book, weight, bias), x)
+
+
+def _constant(book: "Bookkeeper", x: Tensor, weight: Tensor | None) -> bool:
+    """Whether x is made of parameters, or of nothing in the batch: then a weight is computed from weights."""
+    part = book.part(weight)
+    if book.part(x) is not None or part is None or x.dim() < 2:
+        return True
+    return not x.requires_grad and not book.seq_first and book.batchless(part, "times", x.dim(), x.shape[0])
 
 
 @_for(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def _matmul(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     x, weight = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
-    if book.part(weight) is None or book.part(x) is not None or weight.dim() != 2 or x.dim() < 2:
+    if weight.dim() not in (1, 2) or _constant(book, x, weight):
         return NotImplemented
+    if weight.dim() == 1:
+        return book.apply(Linear(book, weight[None], None), x).squeeze(-1)
     return book.apply(Linear(book, weight.t(), None), x)
 
 
@@ -273,23 +304,38 @@ def _conv(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapping[st
         "input weight bias stride padding dilation groups", args, kwargs, stride=1, padding=0, dilation=1, groups=1
     )
     x, weight = given["input"], given["weight"]
-    if book.part(x) is not None:
+    if book.part(x) is not None or not _free(book, weight, given["bias"]):
         return NotImplemented
     kernel = tuple(weight.shape[2:])
-    stride, dilation = (
-        (n,) * len(kernel) if isinstance(n, int) else tuple(n) for n in (given["stride"], given["dilation"])
-    )
-    stride, dilation = (side * len(kernel) if len(side) == 1 else side for side in (stride, dilation))
+    stride, dilation = (_sides(given[name], len(kernel)) for name in ("stride", "dilation"))
     padding = given["padding"]
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         x = F.pad(x, [side for n in reversed(total) for side in (n // 2, n - n // 2)]) if any(total) else x
         padding = 0
-    padding = 0 if padding == "valid" else padding
-    padding = (padding,) * len(kernel) if isinstance(padding, int) else tuple(padding)
-    padding = padding * len(kernel) if len(padding) == 1 else padding
+    padding = _sides(0 if padding == "valid" else padding, len(kernel))
     geometry = Geometry(kernel, stride, padding, dilation, given["groups"])
-    return book.apply(Convolution(book, weight, given["bias"], geometry), x)
+    return book.apply(Convolution(book, func, weight, given["bias"], geometry), x)
+
+
+@_for(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _conv_transpose(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    names = "input weight bias stride padding output_padding groups dilation"
+    given = _bound(names, args, kwargs, stride=1, padding=0, output_padding=0, groups=1, dilation=1)
+    x, weight = given["input"], given["weight"]
+    kernel = tuple(weight.shape[2:])
+    stride, padding, extra, dilation = (
+        _sides(given[name], len(kernel)) for name in ("stride", "padding", "output_padding", "dilation")
+    )
+    if book.part(x) is not None or not _free(book, weight, given["bias"]) or any(map(ge, extra, stride)):
+        return NotImplemented
+    geometry = Geometry(kernel, stride, padding, dilation, given["groups"])
+    return book.apply(Convolution(book, func, weight, given["bias"], geometry, extra), x)
+
+
+def _sides(given: Any, count: int) -> tuple[int, ...]:
+    given = (given,) if isinstance(given, int) else tuple(given)
+    return given * count if len(given) == 1 else given
 
 
 @_for(F.embedding)
@@ -298,7 +344,8 @@ def _embedding(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mappi
     x, table = given["input"], given["weight"]
     if given["max_norm"] is not None or given["scale_grad_by_freq"] or given["sparse"]:
         return NotImplemented
-    if x.dim() == 0 or x.shape[0] != book.units * book.rows:
+    part = book.part(table)
+    if part is None or x.dim() == 0 or book.batchless(part, "rows", x.dim(), x.shape[0]):
         return NotImplemented  # positions without a batch dimension: a tensor computed from parameters
     padding = given["padding_idx"]
     return book.apply(Lookup(book, table, None if padding is None else padding % len(table)), x)
@@ -346,6 +393,8 @@ def _batch_norm(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapp
 
 def _affine(book: "Bookkeeper", given: Mapping[str, Any], x: Tensor, shape: Sequence[int]) -> Any:
     weight, bias = given["weight"], given.get("bias")
+    if not _free(book, weight, bias):
+        return NotImplemented
     size = (weight if weight is not None else bias).numel()
     return book.apply(Affine(book, weight, bias, [size if n == -1 else n for n in shape]), x)
 
@@ -353,14 +402,17 @@ def _affine(book: "Bookkeeper", given: Mapping[str, Any], x: Tensor, shape: Sequ
 @_for(
     torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__,
     torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__,
-    torch.where, Tensor.where, F.prelu, torch.prelu,
+    Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.__isub__, Tensor.mul_, Tensor.__imul__, Tensor.div_,
+    Tensor.__itruediv__, torch.where, Tensor.where, F.prelu, torch.prelu,
 )  # fmt: skip
 def _elementwise(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A bare parameter beside a batch: each example gets a copy of it."""
     batch = [a for a in args if isinstance(a, Tensor) and book.part(a) is None]
     most = max((a.dim() for a in batch), default=0)
-    count = book.units * book.rows
-    if not any(a.dim() == most > 0 and a.shape[0] == count for a in batch):
+    first = max((a.shape[0] for a in batch if a.dim() == most > 0), default=0)
+    parts = [part for part in map(book.part, args) if part is not None]
+    alone = [book.batchless(part, "beside", most, first) for part in parts]  # it takes note of all of them
+    if not most or any(alone):
         return NotImplemented
     spread: list[Any] = []
     for a in args:
@@ -389,7 +441,8 @@ def _expand(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapping[
     )
     new = len(sizes) - given.dim()
     front = given.shape[0] if new == 0 else 1
-    if kwargs or front != 1 or new < 0 or sizes[0] != book.units * book.rows or book.part(given) is None:
+    part = book.part(given)
+    if kwargs or part is None or front != 1 or new < 0 or book.batchless(part, "copies", len(sizes), sizes[0]):
         return NotImplemented
     out = book.apply(Spread(book, given, [*[1] * new, *given.shape]), book.anchor)
     return out.repeat(1, *sizes[1:]) if func is Tensor.repeat else out.expand(-1, *sizes[1:])

@@ -15,14 +15,14 @@ class Deal(NamedTuple):
     """What a batch is, told beside it.
 
     Args:
-        units: examples or people in the batch, at least 1.
-        rows: rows that each of them has in the batch, consecutive; the batch has ``units * rows`` rows.
+        units: examples or people in the batch; 0 in a batch of padding, which must be counted nowhere.
+        rows: rows that each of them has in the batch, consecutive. The batch has ``units * rows`` rows, and ``rows``
+            if it is padding.
         weights: of every row, such that those of a unit add up to one and its gradient is their weighted sum; 0 for
             padding. None if all are 1.
         first: whether the batch begins a step.
         last: whether it ends one.
         step: the step in the epoch, from 0.
-        padding: whether nobody is in the batch; its one unit has weight 0 and must be counted nowhere.
     """
 
     units: int
@@ -31,7 +31,6 @@ class Deal(NamedTuple):
     first: bool
     last: bool
     step: int
-    padding: bool = False
 
 
 class Draws(Sampler[list[int]]):
@@ -68,7 +67,7 @@ class Draws(Sampler[list[int]]):
 
     | case                               | result                                                              |
     |------------------------------------|---------------------------------------------------------------------|
-    | nobody drawn, or fewer than chunks | ``padding`` batches: the rows of unit 0, all of weight 0            |
+    | nobody drawn, or fewer than chunks | batches of padding: rows of unit 0, all of weight 0, ``units=0``    |
     | a new iterator                     | the deals of earlier ones are forgotten, even if they go on         |
     | workers that fetch ahead           | right, as long as the loader keeps the order (``in_order=True``)    |
     | a person without rows              | an error: drop them, and from the number of units                   |
@@ -145,13 +144,13 @@ class Draws(Sampler[list[int]]):
         return self._deals.popleft()
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Not a generator: the iterator counts from when it is asked for, not from its first batch.
+        # Not a generator: earlier deals are forgotten at once, not with the first batch.
         self._deals = deque()
-        self._begun += 1
-        return self._batches(self._begun, self._deals)
+        return self._batches(self._deals)
 
-    def _batches(self, turn: int, deals: deque[Deal]) -> Iterator[list[int]]:
-        turn = turn if self.turn is None else self.turn()
+    def _batches(self, deals: deque[Deal]) -> Iterator[list[int]]:
+        self._begun += 1  # with the first batch, because a loader with workers asks for an iterator too many
+        turn = self._begun if self.turn is None else self.turn()
         order = torch.randperm(self.units, generator=stream(self._secret, turn)) if self.sampling == "shuffle" else None
         for step in range(self.steps):
             generator = stream(self._secret, turn, step)
@@ -165,13 +164,13 @@ class Draws(Sampler[list[int]]):
             rows, weights = rows[self.rank :: self.world], weights[self.rank :: self.world]
             for chunk in range(self.chunks):
                 batch, own = rows[chunk :: self.chunks], weights[chunk :: self.chunks]
-                padding = len(batch) == 0
-                if padding:
+                count = len(batch)
+                if not count:
                     batch, own = self._rows(torch.tensor([0]), generator)
                     own = torch.zeros_like(own)
-                told = None if self.views * self.rows == 1 and not padding else own.flatten()
+                told = None if count and self.views * self.rows == 1 else own.flatten()
                 last = chunk == self.chunks - 1
-                deals.append(Deal(len(batch), self.views * self.rows, told, chunk == 0, last, step, padding))
+                deals.append(Deal(count, self.views * self.rows, told, chunk == 0, last, step))
                 yield batch.flatten().tolist()
 
     def _rows(self, drawn: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
