@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
 from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +19,7 @@ from lightning_guard.functional.privacy import (
     Clipping,
     Deal,
     Draws,
+    Findings,
     Noise,
     NoisySum,
     PrivacyPlan,
@@ -159,6 +161,7 @@ class DPSGD(Guard):
         self._deal: Deal | None = None
         self._place = (-1, -1)  # epoch and batch of the last step
         self._probed = False
+        self._found: Findings | None = None
         self._logged: dict[str, None] = {}  # what the user's module logged of training, in order
         self._dropped = 0
 
@@ -182,8 +185,8 @@ class DPSGD(Guard):
                 f"precision={trainer.precision!r} rounds or rescales gradients so coarsely that they cannot be bounded "
                 "and noised; use '32-true' or 'bf16-mixed'"
             )
-        if trainer.overfit_batches:
-            yield f"overfit_batches={trainer.overfit_batches} trains on a fixed few examples; set it to 0"
+        if fixed := getattr(trainer, "overfit_batches", 0):  # which the Trainer declares nowhere
+            yield f"overfit_batches={fixed} trains on a fixed few examples; set it to 0"
         if any(type(c).__name__ == "GradientAccumulationScheduler" for c in callbacks_of(trainer)):
             yield "GradientAccumulationScheduler changes the batch size, which the plan fixes; use batch_size"
         if not module.automatic_optimization and (trainer.accumulate_grad_batches > 1 or self.max_physical_batch_size):
@@ -299,6 +302,12 @@ class DPSGD(Guard):
             raise GuardConflict(f"{self.name}: training reads no loader that could draw by a plan; give a DataLoader")
         if self._restored is not None:
             self._continue(self._restored)
+        elif pl_module in _trained:
+            raise GuardConflict(
+                f"{self.name}: {type(pl_module).__name__} has spent epsilon = {_trained[pl_module]:.3g} in an earlier "
+                "training, which a new plan would not count; go on with that Trainer or its checkpoint, or build a new "
+                "module"
+            )
         rank_zero_info(self.header())
 
     def _continue(self, state: Mapping[str, Any]) -> None:
@@ -350,11 +359,16 @@ class DPSGD(Guard):
         place = (step.run.trainer.current_epoch, step.run.trainer.fit_loop.epoch_loop.batch_idx)
         if place == self._place:
             raise GuardConflict(
-                f"{self.name}: the optimizer asks for the loss of a batch more than once, and each gradient that it sees "
-                "costs privacy; use one that asks once (LBFGS does not)"
+                f"{self.name}: the optimizer asks for the loss of a batch more than once, and each gradient that "
+                "it sees costs privacy; use one that asks once (LBFGS does not)"
             )
         self._place, self._deal = place, self._draws.next_deal()
         deal = self._deal
+        if deal.first and place[1] % self._draws.chunks:
+            raise GuardConflict(
+                f"{self.name}: training resumed in the middle of {self._draws.chunks} accumulated batches, whose draw "
+                "is gone; resume from a checkpoint at the end of a step or an epoch"
+            )
         if deal.first:
             self._sum.begun, self._released, self._unclipped = False, 0, 0.0
         if self._steps >= self.plan.steps:
@@ -376,7 +390,7 @@ class DPSGD(Guard):
                         f"{self.name}: training_step writes the buffer {name}, which would keep raw data; freeze its "
                         "layer, or write it from public data before training"
                     )
-        self._report(step)
+        self._report(step, deal)
 
     def _check(self, step: Step, deal: Deal) -> None:
         """What can only be seen on a batch: on the first steps, and the probe once there are two examples."""
@@ -406,6 +420,7 @@ class DPSGD(Guard):
                 if raw is None or owner is None or owner is step.module or "forward" in vars(owner):
                     raise
                 book.fall_back(owner, step.run.undo)
+        self._found = found
         if not found.independent:
             raise ValueError(
                 f"the gradient of one example changed by {found.coupling:.1%} (in {found.parameter}) when another was "
@@ -469,7 +484,7 @@ class DPSGD(Guard):
             return
         if self.target_quantile is not None:
             count = torch.tensor(self._unclipped, dtype=torch.float64, device=self._run.module.device)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and plan.count_noise is not None:
                 count += self._noise.number(plan.count_noise)
             if trainer.world_size > 1:
                 torch.distributed.all_reduce(count)
@@ -519,12 +534,14 @@ class DPSGD(Guard):
 
         return log
 
-    def _report(self, step: Step) -> None:
+    def _report(self, step: Step, deal: Deal) -> None:
         trainer, plan = step.run.trainer, self.plan
         assert plan is not None
         if self.target_quantile is not None:
             self.report(step.module, max_grad_norm=self._bound())
-        done = self._steps + (step.module.automatic_optimization and self._deal.last)
+        if self._steps == 0 and deal.first and self._logged and not self.withhold_metrics:
+            rank_zero_info(f"{self.name}: not covered: {next(self._uncovered())}")  # the header came too early for it
+        done = self._steps + (step.module.automatic_optimization and deal.last)
         if trainer.is_last_batch or done >= plan.steps:
             self.report(step.module, epsilon=plan.epsilon(done))
 
@@ -559,7 +576,19 @@ class DPSGD(Guard):
         notes = [f"{self._steps} noisy steps spent epsilon = {spent:.3g} at delta = {self.delta:g}."]
         if self.test_seed is not None:
             notes.insert(0, "NOT PRIVATE: test_seed made draws and noise reproducible.")
+        if self._found is not None:
+            notes.append(
+                f"A probe of the first step replaced one example after another: no other's gradient changed by more "
+                f"than {self._found.coupling:.1g} of its norm, the clipped sum moved by {self._found.influence:.2g} "
+                "times max_grad_norm (2 is allowed), and no step wrote a buffer. A probe refutes and does not prove."
+            )
+        elif self._steps:
+            notes.append("Nothing was probed: under manual optimisation a step cannot be repeated without taking it.")
         return [*notes, *(f"Not covered by epsilon: {leak}." for leak in self._uncovered())]
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.plan is not None and self._steps:
+            _trained[pl_module] = self.plan.epsilon(self._steps)
 
     def state(self) -> dict[str, Any]:
         if self.plan is None:
@@ -572,6 +601,9 @@ class DPSGD(Guard):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._restored = state or None
+
+
+_trained: "WeakKeyDictionary[pl.LightningModule, float]" = WeakKeyDictionary()  # what finished trainings have spent
 
 
 @contextmanager

@@ -23,7 +23,17 @@ from lightning_guard.recipe import RecipeError, refused
 from lightning_guard.record import read_checkpoint, refuse_to_resume
 from lightning_guard.undo import StandIn
 
-_TRANSFORMS = ("rewrite", "on_loader", "on_batch", "on_loss", "on_gradients", "on_weights", "on_checkpoint", "release")
+_TRANSFORMS = (
+    "rewrite",
+    "on_loader",
+    "on_batch",
+    "during",
+    "on_loss",
+    "on_gradients",
+    "on_weights",
+    "on_checkpoint",
+    "release",
+)
 
 
 def check(args: Sequence[str]) -> int:
@@ -55,6 +65,7 @@ def check(args: Sequence[str]) -> int:
             if rehearsal.error is not None:
                 raise rehearsal.error
             said += list(_places(rehearsal.guards))
+            said += [f"{guard.name}: {note}" for guard in rehearsal.guards for note in guard.notes()]
         with step("undo") as said:
             if rehearsal.left:
                 raise GuardConflict([f"{what} is left after training; undo it" for what in rehearsal.left])

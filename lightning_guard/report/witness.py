@@ -81,7 +81,7 @@ class Withholding(Guard):
 
     name: ClassVar[str] = "withholding"
     phase: ClassVar[Phase] = Phase.BATCH
-    traits: ClassVar[frozenset[Trait] | None] = frozenset()
+    traits: frozenset[Trait] | None = frozenset()
     needs_group: ClassVar[bool] = True
 
 

@@ -281,6 +281,23 @@ def test_a_resume_continues_the_ledger_and_refuses_another_plan(tmp_path):
             )
 
 
+def test_a_second_private_training_of_the_same_weights_is_refused():
+    net = fit([on(noise_multiplier=2.0)], Small)
+    with pytest.raises(GuardConflict, match=r"has spent epsilon = 1\."):
+        fit([on(noise_multiplier=2.0)], net)
+
+
+def test_a_resume_within_an_accumulated_step_is_refused(tmp_path):
+    class Stopped(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 5:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    fit([on(), Stopped()], Small, loader(batch_size=4), accumulate_grad_batches=4, max_epochs=1)
+    with pytest.raises(GuardConflict, match="in the middle of 4"):
+        fit([on()], Small, loader(batch_size=4), accumulate_grad_batches=4, ckpt_path=tmp_path / "within.ckpt")
+
+
 @pytest.mark.parametrize("schedule", [{"noise_final": 2.0}, {"clip_final": 0.5}])
 def test_schedules(schedule):
     guard = on(**schedule)
