@@ -283,7 +283,9 @@ class DPSGD(Guard):
                     "whose gradients are not bounded; make them part of it"
                 )
         self._noise = Noise(self.test_seed)
+        self._unfollow = lambda: None
         self._follow(run)
+        run.undo.callback(lambda: self._unfollow())
         swap(run.undo, module, "log", self._watching)
         if trainer.world_size > 1:  # clipped sums are exchanged by us
             swap_value(run.undo, trainer.strategy.model, "require_backward_grad_sync", False)
@@ -332,15 +334,16 @@ class DPSGD(Guard):
     def _follow(self, run: Run) -> None:
         """Book what is trainable now."""
         trained = [(name, p) for name, p in run.module.named_parameters() if p.requires_grad]
+        self._unfollow()
         self._book = Bookkeeper(trained, lambda message: GuardConflict(f"{self.name}: {message}"))
-        run.undo.callback(self._book.forbid_raw())
+        self._unfollow = self._book.forbid_raw()
+        self._probed = False
         layers: dict[str, list[nn.Parameter]] = {}
         for name, p in trained:
             layers.setdefault(name.rpartition(".")[0] if self.clipping == "per_layer" else "", []).append(p)
         self._groups = list(layers.values())
         self._group = {id(p): g for g, group in enumerate(self._groups) for p in group}
         self._sum = NoisySum([p for _, p in trained], self._noise)
-        self._buffers = list(run.module.named_buffers())
 
     # A step -------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Part:
     def __post_init__(self) -> None:
         size = tuple(self.view.shape)
         stride = tuple(step if n > 1 else 0 for step, n in zip(self.view.stride(), size, strict=True))
-        self.key = (id(self.root), self.view.storage_offset(), size, stride)
+        self.key = (id(self.root), int(self.view.storage_offset()), size, stride)
 
     def of(self, gradient: Tensor) -> Tensor:
         """The same part of the root's gradient."""
@@ -58,6 +58,7 @@ class _Booked(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, rule: Rule, x: Tensor) -> Tensor:
         ctx.rule = rule
         out, *saved = rule.forward(x)
+        assert out is not None
         ctx.save_for_backward(*saved)
         # Of a view that was made in here autograd allows no change in place, as of a ReLU.
         return out if out._base is None else torch.ops.aten._unsafe_view(out, out.shape)
@@ -184,7 +185,7 @@ class Bookkeeper(TorchFunctionMode):
             return self.apply(PerExample(self, module, old), args[0])
 
         shadowed = "forward" in vars(module)
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         undo.callback(lambda: setattr(module, "forward", old) if shadowed else delattr(module, "forward"))
 
     # Calls of torch ---------------------------------------------------------------------------------------------

@@ -42,16 +42,15 @@ def population(loader: Any, users: str | Sequence[Any] | None = None) -> int | l
             "the DataLoader has a batch sampler of its own (or batch_size=None), which would be replaced; leave the "
             "choice of rows to the plan: give batch_size, and shuffle or not"
         )
-    sampler = loader.sampler
+    sampler, rows = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
     plain = isinstance(sampler, SequentialSampler | DistributedSampler) or (
-        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == rows
     )
     if not plain:
         raise ValueError(
             f"the DataLoader has a {type(sampler).__name__}, whose choice of rows would be lost; for some of the rows "
             "use torch.utils.data.Subset, and for weights or repetitions there is no privacy accounting"
         )
-    rows = len(loader.dataset)  # type: ignore[arg-type]
     if not rows:
         raise ValueError("the training data are empty")
     if users is None:
@@ -73,7 +72,7 @@ def _column(dataset: Any, name: str) -> Any:
     if hasattr(dataset, name):
         return getattr(dataset, name)
     if name in (dataset if isinstance(dataset, Mapping) else getattr(dataset, "column_names", ())):
-        return dataset[name]  # type: ignore[index]
+        return dataset[name]
     raise ValueError(
         f"users={name!r} is neither an attribute nor a column of {type(dataset).__name__}; give its name, or a "
         "sequence with one person a row"

@@ -90,7 +90,7 @@ def probe(
     each, total = run(few)
     coupling, parameter, influence = 0.0, 0, 0.0
     floor = each[each.isfinite()].sqrt().amax() * 1e-3 if each.isfinite().any() else 0.0
-    for i in range(min(count, 3)):
+    for i in range(count):  # all of them: a largest of the batch shows only when that one is replaced
         order = few.copy()
         order[i] = (i + 1) % count
         others, moved = run(order)
@@ -133,7 +133,8 @@ def take(batch: Any, index: Sequence[int], count: int) -> Any:
             return part[torch.as_tensor(index, device=part.device)]
         if isinstance(part, Mapping):
             made = {key: rows(value) for key, value in part.items()}
-            return made if type(part) is dict else type(part)(made)
+            kind: Any = type(part)
+            return made if kind is dict else kind(made)
         if isinstance(part, tuple) and hasattr(part, "_fields"):
             return type(part)(*map(rows, part))
         if isinstance(part, list) and len(part) == count and not any(isinstance(one, Tensor) for one in part):

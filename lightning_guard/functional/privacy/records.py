@@ -153,7 +153,7 @@ class Outer:
 
     def __post_init__(self) -> None:
         self.units, self.terms, self.columns = self.a.shape
-        self.shape = (self.b.shape[2], self.columns)
+        self.shape: tuple[int, ...] = (self.b.shape[2], self.columns)
 
     def full(self, start: int, stop: int) -> Tensor:
         return self.b[start:stop].transpose(1, 2) @ self.a[start:stop]
@@ -205,7 +205,8 @@ class Rows:
     height: int
 
     def __post_init__(self) -> None:
-        self.units, self.shape = len(self.index), (self.height, self.b.shape[2])
+        self.units = len(self.index)
+        self.shape: tuple[int, ...] = (self.height, self.b.shape[2])
 
     def full(self, start: int, stop: int) -> Tensor:
         out = self.b.new_zeros(stop - start, *self.shape)
@@ -338,7 +339,8 @@ def squared_norms(records: Sequence[Record]) -> Tensor:
     if len(records) == 1:
         return records[0].squares()
     if all(isinstance(record, Outer) for record in records):
-        return Outer(*(torch.cat([getattr(r, side) for r in records], 1) for side in "ab")).squares()
+        a, b = (torch.cat([getattr(r, side) for r in records], 1) for side in "ab")
+        return Outer(a, b).squares()
     if all(isinstance(record, Rows) for record in records):
         index, b = (torch.cat([getattr(r, side) for r in records], 1) for side in ("index", "b"))
         return Rows(index, b, records[0].shape[0]).squares()
@@ -347,8 +349,11 @@ def squared_norms(records: Sequence[Record]) -> Tensor:
     if len(outers) + len(rows) == len(records):
         return _tied(outers, rows)
     shape = records[0].shape
-    pieces = _pieces(records[0].units, prod(shape))
-    return torch.cat([_squares(sum(r.full(*piece).view(-1, *shape) for r in records)) for piece in pieces])
+    squares = []
+    for piece in _pieces(records[0].units, prod(shape)):
+        total = torch.stack([record.full(*piece).view(-1, *shape) for record in records]).sum(0)
+        squares.append(_squares(total))
+    return torch.cat(squares)
 
 
 def _tied(outers: Sequence[Outer], rows: Sequence[Rows]) -> Tensor:

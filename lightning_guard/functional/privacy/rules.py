@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Gradients are written down where they take at most this many times the memory of inputs and output gradients: then
 # the clipped sum costs next to nothing, and what the layer saved is free again.
-KEEP = 1.5
+KEEP = 2.0
 
 
 class Rule:
@@ -91,11 +91,8 @@ class Convolution(Rule):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
         g = self.geometry
-        if self.transposed:
-            rest = g.stride, g.padding, self.extra, g.groups, g.dilation
-        else:
-            rest = g.stride, g.padding, g.dilation, g.groups
-        return self.call(x, self.weight, self.bias, *rest), x
+        rest = (self.extra, g.groups, g.dilation) if self.transposed else (g.dilation, g.groups)
+        return self.call(x, self.weight, self.bias, g.stride, g.padding, *rest), x
 
     def backward(self, b: Tensor, saved: Sequence[Tensor], wanted: bool) -> Tensor | None:
         book, g, (x,) = self.book, self.geometry, saved
@@ -158,6 +155,7 @@ class Affine(Rule):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
         if self.weight is None:
+            assert self.bias is not None
             return x + self.bias, x
         return (x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)), x
 
@@ -231,7 +229,7 @@ class PerExample(Rule):
             def run(weights: dict[str, Tensor], row: Tensor) -> Tensor:
                 return torch.func.functional_call(self.module, (weights, rest), (row[None],))[0]
 
-            _, back = torch.func.vjp(run, {name: p.detach() for name, p in trained.items()}, row)
+            _, back, *_ = torch.func.vjp(run, {name: p.detach() for name, p in trained.items()}, row)
             grads, gx = back(gradient)
             return grads, gx
 
@@ -395,7 +393,9 @@ def _affine(book: "Bookkeeper", given: Mapping[str, Any], x: Tensor, shape: Sequ
     weight, bias = given["weight"], given.get("bias")
     if not _free(book, weight, bias):
         return NotImplemented
-    size = (weight if weight is not None else bias).numel()
+    given_one = weight if weight is not None else bias
+    assert given_one is not None
+    size = given_one.numel()
     return book.apply(Affine(book, weight, bias, [size if n == -1 else n for n in shape]), x)
 
 

@@ -142,6 +142,7 @@ def test_examples_that_are_not_finite(loss):
     x[5] = torch.nan
     findings = found(loss, x=x)
     assert findings.independent == (loss is plain)
+    assert findings.influence > 0
     assert findings.influence <= 2 or loss is mixup
 
 

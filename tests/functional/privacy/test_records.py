@@ -1,5 +1,7 @@
 """Every form of gradients says the same as the gradients written down, in pieces or whole, with rows left out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -121,26 +123,30 @@ def test_long_rows_are_added_up_exactly(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("left", [1.0, 1e-2, 1e-4, 1e-6, 0.0])
 @pytest.mark.parametrize("ghost", [True, False])
-def test_a_norm_is_never_much_too_small(dtype, left, ghost):
+@pytest.mark.parametrize("conv", [True, False])
+def test_a_norm_is_never_much_too_small(dtype, left, ghost, conv):
     """Terms that cancel leave a ghost norm to rounding; it may then be too large."""
-    terms, p, d = 8, (60, 4)[not ghost], (400, 30)[not ghost]
-    a = (normal(N, 1, p).expand(N, terms, p) + left * normal(N, terms, p)).to(dtype)
-    b = normal(N, terms, d)
+    units, terms, p, d = 100, 5, (60, 4)[not ghost], (400, 30)[not ghost]
+    a = (normal(units, 1, p).expand(units, terms, p) + left * normal(units, terms, p)).to(dtype)
+    b = normal(units, terms, d)
     b = (b - (1 - left) * b.mean(1, keepdim=True)).to(dtype)
-    record, wide = Outer(a, b), torch.zeros(d, p)
-    got, alone = record.squares().sqrt(), torch.zeros(N)
-    for i in range(N):
-        record.add_to(wide.zero_(), torch.eye(N)[i])
-        alone[i] = wide.double().norm()
+    geometry = Geometry((1,), (1,), (0,), (1,), 1)
+    record = Conv(a.mT, b.mT, (d, p, 1), geometry, units, Scratch()) if conv else Outer(a, b)
+    got, alone, wide = record.squares().sqrt(), torch.zeros(units), torch.zeros(record.shape)
+    for i in range(units):
+        record.add_to(wide.zero_(), torch.eye(units)[i] / alone.new_tensor(3.0))
+        alone[i] = 3 * wide.double().norm()
     assert bool((got >= alone * (1 - {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}[dtype])).all())
 
 
 def test_sums_in_bfloat16_are_rounded_only_at_the_end():
-    for record in (Full(normal(200, 4, 3)), Outer(normal(200, 2, 3), normal(200, 2, 4))):
-        names = [name for name in ("g", "a", "b") if hasattr(record, name)]
-        coarse = type(record)(*(getattr(record, name).bfloat16() for name in names))
-        wide = type(record)(*(getattr(coarse, name).double() for name in names))
-        outs = torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.float64)
+    geometry = Geometry((3,), (1,), (1,), (1,), 1)
+    conv = Conv(normal(200, 2, 5), normal(200, 4, 5), (4, 2, 3), geometry, 200, Scratch())
+    for record in (Full(normal(200, 4, 3)), Outer(normal(200, 2, 3), normal(200, 2, 4)), conv):
+        names = [name for name in ("g", "a", "b", "x") if hasattr(record, name)]
+        coarse = replace(record, **{name: getattr(record, name).bfloat16() for name in names})
+        wide = replace(record, **{name: getattr(coarse, name).double() for name in names})
+        outs = torch.zeros(record.shape), torch.zeros(record.shape, dtype=torch.float64)
         for one, out in zip((coarse, wide), outs, strict=True):
             one.add_to(out, torch.linspace(0.1, 1, 200, dtype=out.dtype))
         torch.testing.assert_close(outs[0].double(), outs[1], rtol=1e-4, atol=1e-4)
