@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_guard.functional.privacy import (
     Bookkeeper,
@@ -29,6 +30,7 @@ from lightning_guard.functional.privacy import (
     group_norms,
     population,
     probe,
+    together,
 )
 from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait, callbacks_of
 from lightning_guard.still import buffer_versions
@@ -155,12 +157,17 @@ class DPSGD(Guard):
     def _reset(self) -> None:
         self.plan: PrivacyPlan | None = None
         self._steps = 0  # noisy steps released so far
-        self._norm: float | None = None  # the adapted max_grad_norm
+        self._at = 0  # the step that is being made
+        self._norm: float | None = None  # the adapted max_grad_norm, and that of the next step
+        self._next: float | None = None
+        self._pending = False  # a gradient was released that no optimizer has taken
+        self._reached: dict[Any, set[int]] = {}  # by release and what is trained: whom the release is for
+        self._kept: dict[str, tuple[float, float]] | None = None
         self._restored: Mapping[str, Any] | None = None
         self._draws: Draws | None = None
         self._deal: Deal | None = None
         self._place = (-1, -1)  # epoch and batch of the last step
-        self._probed = False
+        self._probing = 0  # the step from which to probe again
         self._found: Findings | None = None
         self._logged: dict[str, None] = {}  # what the user's module logged of training, in order
         self._dropped = 0
@@ -209,15 +216,13 @@ class DPSGD(Guard):
 
     def prepare(self, run: Run) -> None:
         self._reset()
-        self._run = run
-        self._secret = secrets.randbits(128) if self.test_seed is None else self.test_seed
+        self._run, self._accumulated = run, run.trainer.accumulate_grad_batches
 
     def on_loader(self, loader: Any) -> Any:
         if self._off:
             return loader
         trainer, ready = self._run.trainer, self._draws is not None
-        world = trainer.world_size
-        accumulated = trainer.accumulate_grad_batches
+        world, accumulated = trainer.world_size, self._accumulated
         try:
             who = population(loader, self.users)
             sizes = who if isinstance(who, int) else len(who)
@@ -236,20 +241,34 @@ class DPSGD(Guard):
             plan = self._planned(sizes, size, used // chunks)
             if ready and plan.fingerprint != self.plan.fingerprint:  # type: ignore[union-attr]
                 raise ValueError("the reloaded training data have another size than the plan was made for; restart")
-            if world > 1 and not ready:
-                self._secret = trainer.strategy.broadcast(self._secret)
-            if chunks != accumulated:
+            # A new one for each loader: a secret that is used twice draws the same batches twice.
+            secret = secrets.randbits(128) if self.test_seed is None else self.test_seed
+            if world > 1:
+                secret = trainer.strategy.broadcast(secret)
+            if chunks != trainer.accumulate_grad_batches:
                 swap_value(self._run.undo, trainer, "accumulate_grad_batches", chunks)
             self._draws = Draws(
                 who, plan.sample_rate, steps, chunks=chunks, views=self.views,
                 rows=self.rows_per_user if self.users is not None else 1,
-                rank=trainer.global_rank, world=world, secret=self._secret, sampling=self.sampling,
+                rank=trainer.global_rank, world=world, secret=secret, sampling=self.sampling,
                 turn=None if self.test_seed is None else lambda: trainer.current_epoch,
             )  # fmt: skip
             self.plan = plan
+            together(loader, self._hooks())
             return dealt(loader, self._draws)
         except ValueError as error:
             raise GuardConflict(f"{self.name}: {error}") from error
+
+    def _hooks(self) -> list[Callable[[Any], Any]]:
+        """What the module or its data do to a batch before training_step sees it."""
+        trainer, hooks = self._run.trainer, list[Callable[[Any], Any]]()
+        for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+            for owner in (getattr(trainer, "datamodule", None), self._run.module):
+                own = getattr(type(owner), name, None)
+                if owner is not None and own is not None and not own.__module__.startswith(_LIGHTNING):
+                    hooks.append(_first_loader(getattr(owner, name)))
+                    break
+        return hooks
 
     def _chunks(self, size: int, accumulated: int, world: int) -> int:
         if self.max_physical_batch_size is None:
@@ -282,6 +301,12 @@ class DPSGD(Guard):
                     f"{self.name}: {type(optimizer).__name__} trains parameters outside of {type(module).__name__}, "
                     "whose gradients are not bounded; make them part of it"
                 )
+        for name, p in module.named_parameters():
+            if isinstance(p, UninitializedParameter) or p.dtype not in (torch.float32, torch.float64):
+                raise GuardConflict(
+                    f"{self.name}: {name} is {getattr(p, 'dtype', 'lazy')} or not initialised yet, and noise needs "
+                    "float32 or float64 weights; run a lazy module once, and use precision='bf16-mixed'"
+                )
         self._noise = Noise(self.test_seed)
         self._unfollow = lambda: None
         self._follow(run)
@@ -289,6 +314,8 @@ class DPSGD(Guard):
         swap(run.undo, module, "log", self._watching)
         if trainer.world_size > 1:  # clipped sums are exchanged by us
             swap_value(run.undo, trainer.strategy.model, "require_backward_grad_sync", False)
+        for optimizer in trainer.optimizers:
+            run.undo.callback(optimizer.register_step_post_hook(self._taken).remove)
         if self.adam_correction:
             for optimizer in trainer.optimizers:
                 if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
@@ -299,17 +326,29 @@ class DPSGD(Guard):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._off:
+            if self._restored is not None:
+                raise GuardConflict(
+                    f"{self.name}: target_epsilon=inf would go on without privacy where a private training stopped; "
+                    "give its options, or start anew from the weights"
+                )
             return
         if self.plan is None:
             raise GuardConflict(f"{self.name}: training reads no loader that could draw by a plan; give a DataLoader")
         if self._restored is not None:
             self._continue(self._restored)
-        elif pl_module in _trained:
+        elif trainer.global_step:
             raise GuardConflict(
-                f"{self.name}: {type(pl_module).__name__} has spent epsilon = {_trained[pl_module]:.3g} in an earlier "
+                f"{self.name}: the first {trainer.global_step} steps of this training were made without it, so "
+                "epsilon would tell of the rest alone; begin a training of its own, from public weights or none"
+            )
+        elif pl_module in _trained:
+            plan, steps = _trained[pl_module]
+            raise GuardConflict(
+                f"{self.name}: {type(pl_module).__name__} has spent epsilon = {plan.epsilon(steps):.3g} in an earlier "
                 "training, which a new plan would not count; go on with that Trainer or its checkpoint, or build a new "
                 "module"
             )
+        self._kept = self._keep()
         rank_zero_info(self.header())
 
     def _continue(self, state: Mapping[str, Any]) -> None:
@@ -324,6 +363,11 @@ class DPSGD(Guard):
                 f"{self.name}: the checkpoint was trained by another plan ({'; '.join(changes)}), and one promise "
                 "cannot cover both; resume with the same options, data and length, or train anew"
             )
+        if not state["private"] and self.test_seed is None:
+            raise GuardConflict(
+                f"{self.name}: the checkpoint was trained with a test_seed and is not private, nor is what follows "
+                "from it; train anew, or give a test_seed again"
+            )
         self._steps, self._norm = state["steps"], state["max_grad_norm"]
         if self.sampling == "shuffle" and self._steps % self.plan.steps_per_epoch:
             raise GuardConflict(
@@ -337,7 +381,7 @@ class DPSGD(Guard):
         self._unfollow()
         self._book = Bookkeeper(trained, lambda message: GuardConflict(f"{self.name}: {message}"))
         self._unfollow = self._book.forbid_raw()
-        self._probed = False
+        self._probing = 0
         layers: dict[str, list[nn.Parameter]] = {}
         for name, p in trained:
             layers.setdefault(name.rpartition(".")[0] if self.clipping == "per_layer" else "", []).append(p)
@@ -372,8 +416,18 @@ class DPSGD(Guard):
                 f"{self.name}: training resumed in the middle of {self._draws.chunks} accumulated batches, whose draw "
                 "is gone; resume from a checkpoint at the end of a step or an epoch"
             )
+        if self._pending and step.module.automatic_optimization:
+            raise GuardConflict(
+                f"{self.name}: no optimizer took the last gradient, and whether one does may tell of raw data; step in "
+                "every step, whatever the loss is"
+            )
         if deal.first:
-            self._sum.begun, self._released, self._unclipped = False, 0, 0.0
+            self._sum.begun, self._released, self._unclipped, self._at = False, 0, 0.0, self._steps
+            self._norm, self._next = self._norm if self._next is None else self._next, None
+            if self.sampling == "shuffle" and deal.step == 0 and self._steps % self.plan.steps_per_epoch:
+                raise GuardConflict(
+                    f"{self.name}: sampling='shuffle' promises whole epochs, and the last one was cut short"
+                )
         if self._steps >= self.plan.steps:
             raise GuardConflict(
                 f"{self.name}: the budget is spent: {self._steps} steps are epsilon = "
@@ -382,17 +436,21 @@ class DPSGD(Guard):
         with ExitStack() as around:
             if hasattr(torch.compiler, "set_stance"):
                 around.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled step books nothing
+            self._written = self._versions()
+            self._sums = self._checksums() if self._steps < 3 else {}
             with _refused(self.name):
                 self._check(step, deal)
             around.enter_context(self._book.step(max(deal.units, 1), deal.rows, deal.weights if deal.units else None))
-            written = buffer_versions(step.module)
+            self._book.deferred = step.module.automatic_optimization
             yield
-            for name, version in buffer_versions(step.module).items():
-                if written.get(name, version) != version:
+            if step.module.automatic_optimization:
+                output = step.output
+                if (output.get("loss") if isinstance(output, Mapping) else output) is None:
                     raise GuardConflict(
-                        f"{self.name}: training_step writes the buffer {name}, which would keep raw data; freeze its "
-                        "layer, or write it from public data before training"
+                        f"{self.name}: training_step returned no loss, and a step left out tells who was in it; return "
+                        "a loss in every step (examples that are not finite are left out by themselves)"
                     )
+                self._check_writes()
         self._report(step, deal)
 
     def _check(self, step: Step, deal: Deal) -> None:
@@ -407,9 +465,12 @@ class DPSGD(Guard):
                     f"training does not read the loader that draws by the plan but {type(given).__name__}; give one "
                     "DataLoader, and replace it nowhere"
                 )
-        if not self._probed and deal.units > 1 and step.again is not None:
-            self._probed = True
+        # Again after 1, 2, 4, 8 ... steps: a coupling may begin later, or hide at the first weights.
+        if self._steps >= self._probing and deal.units > 1 and step.again is not None:
+            self._probing = max(1, 2 * self._steps)
             self._probe(step, deal)
+        if self._steps < 4:
+            self._check_kept()
 
     def _probe(self, step: Step, deal: Deal) -> None:
         batch, book, bound = step.batch, self._book, self._bound()
@@ -449,6 +510,8 @@ class DPSGD(Guard):
                 f"{self.name}: more than releases={self.releases} backward passes on one batch, and each is noised and "
                 "paid for; set releases to their number"
             )
+        if module.automatic_optimization:
+            self._check_writes()
         missing = [name for name in book.unbooked() if module.get_parameter(name).requires_grad]
         if missing and module.automatic_optimization:
             raise GuardConflict(
@@ -457,8 +520,8 @@ class DPSGD(Guard):
             )
         trainer, bound = self._run.trainer, self._bound()
         if not self._sum.begun:
-            std = plan.noise_at(self._steps) * bound / plan.batch_size
-            self._noise.at(self._steps)
+            std = plan.noise_at(self._at) * bound / plan.batch_size
+            self._noise.at(self._at * self.releases + self._released)
             self._sum.begin(std if trainer.is_global_zero else 0.0)
         norms = book.squared_norms(self._groups).sqrt_()
         factors = self._factors(norms, book.units)
@@ -472,7 +535,13 @@ class DPSGD(Guard):
                 book.drop(bad)
             self._sum.add(book, factors / plan.batch_size, self._group)
         if deal.last:
-            reached = {id(p) for p in book.parameters.values()} - {id(module.get_parameter(n)) for n in missing}
+            trained = frozenset(id(p) for p in book.parameters.values() if p.requires_grad)
+            reached = set(trained) - {id(module.get_parameter(name)) for name in missing}
+            if self._reached.setdefault((self._released, trained), reached) != reached:
+                raise GuardConflict(
+                    f"{self.name}: backward pass {self._released + 1} of a batch reaches other parameters than before, "
+                    "which tells of its examples; let the same layers take part in every batch"
+                )
             self._release(reached)
         book.clear()
 
@@ -483,7 +552,8 @@ class DPSGD(Guard):
             torch.distributed.all_reduce(flat)
         self._sum.end(reached)
         self._released += 1
-        if self._released < self.releases and not self._run.module.automatic_optimization:
+        self._pending = True
+        if self._released > 1:
             return
         if self.target_quantile is not None:
             count = torch.tensor(self._unclipped, dtype=torch.float64, device=self._run.module.device)
@@ -492,15 +562,16 @@ class DPSGD(Guard):
             if trainer.world_size > 1:
                 torch.distributed.all_reduce(count)
             fraction = float(count) / plan.batch_size + 0.5
-            self._norm = adapted(self._bound(), fraction, self.target_quantile, self.clip_rate)
+            self._next = adapted(self._bound(), fraction, self.target_quantile, self.clip_rate)
         self._steps += 1
+        _trained[self._run.module] = plan, self._steps
         if self._steps >= plan.steps:
             trainer.should_stop = True
 
     def _bound(self) -> float:
         """C of this step."""
         assert self.plan is not None
-        return self.plan.clip_at(self._steps) if self._norm is None else self._norm
+        return self.plan.clip_at(self._at) if self._norm is None else self._norm
 
     def _scale(self, units: int) -> float:
         """What makes gradients of the loss that is differentiated gradients of each unit's own loss."""
@@ -516,8 +587,75 @@ class DPSGD(Guard):
     def _corrected(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         assert self.plan is not None
         assert self.adam_correction is not None
-        std = self.plan.noise_at(self._steps - 1) * self._bound() / self.plan.batch_size
+        std = self.plan.noise_at(self._at) * self._bound() / self.plan.batch_size
         correct_adam_(optimizer, std**2, self.adam_correction)
+
+    # What must not change -------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if not self._off:
+            self._check_gradients(optimizer)
+
+    def _taken(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._check_gradients(optimizer)  # once more, for steps that Lightning does not see
+        self._pending = False
+
+    def _check_gradients(self, optimizer: Any) -> None:
+        """Whether all that an optimizer takes was released by us."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and self._sum.handed.get(id(p)) is not p.grad:
+                    p.grad = None
+                    raise GuardConflict(
+                        f"{self.name}: {type(optimizer).__name__} is given a gradient without clipping and noise, set "
+                        "by hand or of a parameter that was unfrozen or added within the step; leave gradients to the "
+                        "backward pass of Lightning, and change what is trained between steps"
+                    )
+
+    def _versions(self) -> dict[str, Any]:
+        trained = {f"the weight {name}": (id(p), p._version) for name, p in self._run.module.named_parameters()}
+        return trained | {f"the buffer {name}": v for name, v in buffer_versions(self._run.module).items()}
+
+    def _checksums(self) -> dict[str, tuple[float, float]]:
+        return {f"the weight {name}": _checksum(p) for name, p in self._run.module.named_parameters()}
+
+    def _check_writes(self) -> None:
+        """Whether the step that is being made has written what only the optimizer may."""
+        after = self._versions()
+        changed = [name for name in after if self._written.get(name) != after[name]]
+        if self._sums:
+            sums = self._checksums()
+            changed += [name for name in sums if self._sums.get(name) != sums[name]]
+        self._refuse_writes(changed)
+
+    def _keep(self) -> dict[str, tuple[float, float]]:
+        """What a checkpoint holds beside the weights that are trained."""
+        module = self._run.module
+        trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        values = module.state_dict()
+        return {
+            name: _checksum(value)
+            for name, value in values.items()
+            if name not in trained and isinstance(value, Tensor)
+        }
+
+    def _check_kept(self) -> None:
+        if self._kept is None:
+            return
+        now, names = self._keep(), {name for name, _ in self._run.module.named_parameters()}
+        self._refuse_writes([name for name, value in now.items() if self._kept.get(name, value) != value])
+        self._refuse_writes([name for name in now if name not in self._kept and name not in names])
+
+    def _refuse_writes(self, names: Sequence[str]) -> None:
+        if names:
+            raise GuardConflict(
+                f"{self.name}: training writes {names[0]}, which would keep raw data; freeze its layer, compute it "
+                "from public data before training, or keep it out of state_dict"
+            )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._off:
+            self._check_kept()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -545,6 +683,13 @@ class DPSGD(Guard):
         if self._steps == 0 and deal.first and self._logged and not self.withhold_metrics:
             rank_zero_info(f"{self.name}: not covered: {next(self._uncovered())}")  # the header came too early for it
         done = self._steps + (step.module.automatic_optimization and deal.last)
+        plateaus = [str(c.monitor) for c in trainer.lr_scheduler_configs if c.reduce_on_plateau]
+        for monitor in plateaus:
+            if {monitor, monitor.removesuffix("_epoch"), monitor.removesuffix("_step")} & self._logged.keys():
+                raise GuardConflict(
+                    f"{self.name}: ReduceLROnPlateau sets the learning rate by {monitor}, computed from training data "
+                    "without noise, so the weights would depend on it; monitor a validation metric"
+                )
         if trainer.is_last_batch or done >= plan.steps:
             self.report(step.module, epsilon=plan.epsilon(done))
 
@@ -568,7 +713,9 @@ class DPSGD(Guard):
         for name, layer in self._run.module.named_modules():
             if isinstance(getattr(layer, "weight", None), Tensor) and isinstance(layer, nn.modules.loss._Loss):
                 yield f"{name}.weight, class weights: public if they do not come from the counts of private rows"
-        yield "validation and test data: epsilon is about the rows that are trained on"
+        yield "validation and test data, and the weights that training starts from"
+        if not self._run.module.automatic_optimization:
+            yield "whether examples are independent: a step cannot be probed under manual optimisation"
         if self._dropped:
             yield f"that {self._dropped} gradients were not finite and were left out"
 
@@ -581,24 +728,23 @@ class DPSGD(Guard):
             notes.insert(0, "NOT PRIVATE: test_seed made draws and noise reproducible.")
         if self._found is not None:
             notes.append(
-                f"A probe of the first step replaced one example after another: no other's gradient changed by more "
+                f"A probe replaced one example after another: no other's gradient changed by more "
                 f"than {self._found.coupling:.1g} of its norm, the clipped sum moved by {self._found.influence:.2g} "
                 "times max_grad_norm (2 is allowed), and no step wrote a buffer. A probe refutes and does not prove."
             )
-        elif self._steps:
-            notes.append("Nothing was probed: under manual optimisation a step cannot be repeated without taking it.")
         return [*notes, *(f"Not covered by epsilon: {leak}." for leak in self._uncovered())]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.plan is not None and self._steps:
-            _trained[pl_module] = self.plan.epsilon(self._steps)
+        if not self._off:
+            self._check_kept()
 
     def state(self) -> dict[str, Any]:
         if self.plan is None:
             return {} if self._restored is None else dict(self._restored)
         plan = replace(self.plan, steps=max(self._steps, 1)) if self._open else self.plan
         return {
-            "plan": plan.to_dict(), "fingerprint": plan.fingerprint, "steps": self._steps, "max_grad_norm": self._norm,
+            "plan": plan.to_dict(), "fingerprint": plan.fingerprint, "steps": self._steps,
+            "max_grad_norm": self._norm if self._next is None else self._next,
             "private": self.test_seed is None,
         }  # fmt: skip
 
@@ -606,7 +752,17 @@ class DPSGD(Guard):
         self._restored = state or None
 
 
-_trained: "WeakKeyDictionary[pl.LightningModule, float]" = WeakKeyDictionary()  # what finished trainings have spent
+_LIGHTNING = ("pytorch_lightning", "lightning")
+_trained: "WeakKeyDictionary[pl.LightningModule, tuple[PrivacyPlan, int]]" = WeakKeyDictionary()  # and its steps
+
+
+def _first_loader(hook: Callable[[Any, int], Any]) -> Callable[[Any], Any]:
+    return lambda batch: hook(batch, 0)
+
+
+def _checksum(x: Tensor) -> tuple[float, float]:
+    wide = x.detach().double()
+    return float(wide.sum()), float(wide.square().sum())
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def before_a_fit(run: Run) -> Iterator[str]:
         for name in _FINDERS & {cls.__name__ for cls in type(callback).__mro__}:
             yield (
                 f"{name} trains within a training and rewinds it, and the guards' schedules would follow neither; "
-                "run it (or Tuner) with a Trainer without guards (on public data, if a guard protects the private), then set "
+                "run it (or Tuner) with a Trainer without guards (on public data, for privacy), then set "
                 "what it found"
             )
     yield from _cannot_step(run)

@@ -195,7 +195,7 @@ def test_noise_and_draws_are_new_in_every_run_and_their_seed_is_nowhere(tmp_path
 
         def on_loader(self, loader):
             made = super().on_loader(loader)
-            secret[len(secret)] = self._secret
+            secret[len(secret)] = self._draws._secret
             return made
 
     paths = []
@@ -625,7 +625,7 @@ class Stream(IterableDataset):
     ("module", "match"),
     [
         (Weighted, "changed by"), (Contrasted, "changed by"), (Mixed, "changed by"), (Summed, "loss_reduction='sum'"),
-        (Remembering, "buffer mean"), (Unused, "spare.weight"), (Flattened, "sees a batch of"),
+        (Remembering, "writes (the buffer )?mean"), (Unused, "spare.weight"), (Flattened, "sees a batch of"),
         (Penalised, "net.0.weight got a raw gradient"), (Checkpointed, "checkpoint"), (Hungry, "LBFGS"),
         (Foreign, "outside of Foreign"),
     ],
@@ -696,3 +696,199 @@ def test_nothing_is_left_after_a_refusal():
     assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
     F.cross_entropy(net(torch.rand(4, FEATURES)), torch.zeros(4, dtype=torch.long)).backward()
     assert net.net[0].weight.grad is not None
+
+
+# Around the step ----------------------------------------------------------------------------------------------------
+
+
+class Keeping(Small):
+    """Keeps raw data somewhere, in a way that leaves no version behind."""
+
+    where = "data"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(FEATURES))
+        self.frozen = nn.Parameter(torch.zeros(FEATURES), requires_grad=False)
+        self.scale = nn.Parameter(torch.zeros(FEATURES))
+
+    def training_step(self, batch, batch_idx):
+        seen = batch[0].mean(0)
+        if self.where == "data":
+            self.kept.data.add_(seen)
+        elif self.where == "new" and not hasattr(self, "late"):
+            self.register_buffer("late", seen)
+        elif self.where == "frozen":
+            self.frozen.data.add_(seen)
+        elif self.where == "weight" and float(self.scale.sum()) == 0:
+            self.scale.data.copy_(seen)
+        return F.cross_entropy(self(batch[0] * (1 + self.scale)), batch[1])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.where == "later":
+            self.kept.add_(batch[0].mean(0))
+
+
+@pytest.mark.parametrize("where", ["data", "new", "frozen", "weight", "later"])
+def test_raw_data_kept_anywhere_in_the_module_is_found(where):
+    with pytest.raises(GuardConflict, match="training writes"):
+        fit([on()], type(where, (Keeping,), {"where": where}))
+
+
+def test_reloaded_loaders_draw_anew():
+    seen = {}
+
+    class Reloading(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(*rows()[:2], torch.arange(64)), 16)
+
+    class Looking(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.setdefault(trainer.current_epoch, []).append(sorted(batch[2].tolist()))
+
+    guard = on(test_seed=None, max_physical_batch_size=9)
+    fit([Looking(), guard], Small, Reloading(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert seen[0] != seen[1] != seen[2]
+    assert guard._steps == 12
+
+
+class Skipping(Small):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if self.global_step == 2 else loss
+
+
+class Withheld(Small):
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        loss = closure()
+        if self.global_step != 2 and float(loss) > -1 and batch_idx != 1:
+            optimizer.step()
+
+
+class Rare(Manual):
+    def __init__(self):
+        super().__init__()
+        self.rare = nn.Linear(FEATURES, CLASSES)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        logits = self(batch[0]) + (self.rare(batch[0]) if batch_idx == 2 else 0)
+        self.manual_backward(F.cross_entropy(logits, batch[1]))
+        optimizer.step()
+
+
+class ByHand(Manual):
+    def training_step(self, batch, batch_idx):
+        for p in self.parameters():
+            p.grad = torch.ones_like(p)
+        self.optimizers().step()
+
+
+class Thawed(Small):
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        self.net[0].requires_grad_(True)
+        return super().training_step(batch, batch_idx)
+
+
+class Plateau(Small):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "train_loss"}}
+
+
+@pytest.mark.parametrize(
+    ("module", "match"),
+    [
+        (Skipping, "returned no loss"), (Withheld, "no optimizer took"), (Rare, "other parameters than before"),
+        (ByHand, "without clipping and noise"), (Thawed, "without clipping and noise"), (Plateau, "ReduceLROnPlateau"),
+    ],
+)  # fmt: skip
+def test_steps_around_the_mechanism_are_refused(module, match):
+    with pytest.raises(GuardConflict, match=match):
+        fit([on()], module)
+
+
+def test_a_coupling_that_begins_later_is_found():
+    class Later(Small):
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            extra = logits.mean(0).square().sum() if self.global_step >= 2 else 0.0
+            return F.cross_entropy(logits, batch[1]) + extra
+
+    with pytest.raises(GuardConflict, match="changed by"):
+        fit([on()], Later)
+
+
+def test_gradients_asked_for_within_the_step_are_not_the_steps():
+    class Attacking(Small):
+        def training_step(self, batch, batch_idx):
+            x = batch[0].clone().requires_grad_(True)
+            torch.autograd.grad(50 * F.cross_entropy(self(x), batch[1]), x)
+            return super().training_step(batch, batch_idx)
+
+    assert same(fit([on()], Attacking), fit([on()], Small))
+
+
+@pytest.mark.parametrize("hook", ["collate", "on_after_batch_transfer"])
+@pytest.mark.parametrize("what", ["scaled", "sorted", "mixed"])
+def test_rows_must_stay_themselves_on_their_way(hook, what):
+    def change(batch):
+        x, y = batch[0], batch[1]
+        if what == "scaled":
+            return x / x.abs().max(), y
+        if what == "sorted":
+            order = x.sum(1).argsort()
+            return x[order], y[order]
+        return (x + x.roll(1, 0)) / 2, y
+
+    class Changing(Small):
+        if hook != "collate":
+
+            def on_after_batch_transfer(self, batch, dataloader_idx):
+                return change(batch)
+
+    collate = torch.utils.data.default_collate
+    data = DataLoader(
+        TensorDataset(*rows()[:2]), 16, collate_fn=(lambda items: change(collate(items))) if hook == "collate" else None
+    )
+    with pytest.raises(GuardConflict, match="rows beside it"):
+        fit([on()], Changing, data)
+
+
+def test_the_ledger_survives_a_crash_and_knows_what_came_before(tmp_path):
+    class Crashing(Small):
+        def on_train_batch_end(self, *args):
+            if self.global_step == 3:
+                raise RuntimeError("stop")
+
+    net = Crashing()
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer([on(noise_multiplier=2.0)]).fit(net, loader())
+    with pytest.raises(GuardConflict, match="has spent epsilon"):
+        fit([on(noise_multiplier=2.0)], net)
+    raw = fit(None, Small, max_epochs=1)
+    raw.fitted.save_checkpoint(tmp_path / "raw.ckpt")
+    with pytest.raises(GuardConflict, match="made without it"):
+        fit([on()], Small, ckpt_path=tmp_path / "raw.ckpt")
+    private = fit([on()], Small, max_epochs=1)
+    private.fitted.save_checkpoint(tmp_path / "test.ckpt")
+    with pytest.raises(GuardConflict, match="not private"):
+        fit([on(test_seed=None)], Small, ckpt_path=tmp_path / "test.ckpt")
+    with pytest.raises(GuardConflict, match="without privacy"):
+        fit([on(target_epsilon=math.inf)], Small, ckpt_path=tmp_path / "test.ckpt")
+
+
+def test_half_precision_weights_and_lazy_layers_are_refused():
+    class Half(Small):
+        def __init__(self):
+            super().__init__()
+            self.bfloat16()
+
+    with pytest.raises(GuardConflict, match="bf16-mixed"):
+        fit([on()], Half)

@@ -6,7 +6,7 @@ from lightning_guard.functional.privacy.book import Bookkeeper, Unbooked
 from lightning_guard.functional.privacy.canaries import Mixed, Outliers, label, relabelled
 from lightning_guard.functional.privacy.clipping import Clipping, adapted
 from lightning_guard.functional.privacy.layers import correct_adam_, group_norms
-from lightning_guard.functional.privacy.loaders import dealt, population, refilled
+from lightning_guard.functional.privacy.loaders import dealt, population, refilled, together
 from lightning_guard.functional.privacy.noise import Noise
 from lightning_guard.functional.privacy.plan import PrivacyPlan
 from lightning_guard.functional.privacy.probes import Findings, probe, take
@@ -44,4 +44,5 @@ __all__ = [
     "refilled",
     "relabelled",
     "take",
+    "together",
 ]

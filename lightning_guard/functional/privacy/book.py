@@ -66,7 +66,12 @@ class _Booked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, b: Tensor) -> tuple[None, None, Tensor | None]:
-        return None, None, ctx.rule.backward(b, ctx.saved_tensors, ctx.needs_input_grad[2])
+        book = ctx.rule.book
+        was, book.muted = book.muted, book.active and book.deferred
+        try:
+            return None, None, ctx.rule.backward(b, ctx.saved_tensors, ctx.needs_input_grad[2])
+        finally:
+            book.muted = was
 
 
 class Bookkeeper(TorchFunctionMode):
@@ -103,6 +108,8 @@ class Bookkeeper(TorchFunctionMode):
             self.parameters[id(parameter)] = parameter
         self.seq_first = False  # inside torch's attention, where time comes before the batch
         self.active = False
+        self.deferred = False  # the step's own backward pass comes after the step: others count for nothing
+        self.muted = False
         self.raw: nn.Parameter | None = None  # the last that got a raw gradient
         self.derived: dict[int, Tensor] = {}
         self.units, self.rows = 0, 1
@@ -318,6 +325,8 @@ class Bookkeeper(TorchFunctionMode):
 
     def add(self, part: Part, record: Record) -> None:
         """Book the gradients of one call."""
+        if self.muted:
+            return
         self.parts[part.key] = part
         known = self.records.setdefault(part.key, [])
         if known and isinstance(known[-1], Full) and isinstance(record, Full) and known[-1].g.shape == record.g.shape:

@@ -1,8 +1,11 @@
 """What a user's data loader draws from, and the same loader drawing by a plan."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -60,9 +63,70 @@ def population(loader: Any, users: str | Sequence[Any] | None = None) -> int | l
         raise ValueError(f"users names {len(column)} people's rows, and the training data have {rows}; give one a row")
     found: dict[Any, list[int]] = {}
     for row, person in enumerate(column.tolist() if isinstance(column, Tensor) else column):
-        # Tensors are equal to nobody but themselves.
-        found.setdefault(person.item() if isinstance(person, Tensor) else person, []).append(row)
+        person = person.item() if isinstance(person, Tensor) else person  # tensors equal nobody but themselves
+        if person != person:
+            raise ValueError(f"users names nobody (NaN) for row {row}; give every row a person, or leave the row out")
+        found.setdefault(person, []).append(row)
     return list(found.values())
+
+
+def together(loader: DataLoader, hooks: Sequence[Callable[[Any], Any]] = ()) -> None:
+    """Check that what makes a batch of rows keeps each row to itself and in its place.
+
+    Args:
+        loader: whose collate function is tried on a few rows of its data set.
+        hooks: what is done to the batch afterwards.
+
+    Raises:
+        ValueError: if a row changes with another, or its place, or is left out or multiplied.
+    """
+    dataset: Any = loader.dataset
+    count = min(4, len(dataset))
+    if count < 2:
+        return
+    fetched = getattr(dataset, "__getitems__", None)
+    rows = fetched(list(range(count))) if fetched is not None else [dataset[i] for i in range(count)]
+    if not isinstance(rows, list):
+        return  # a batch already, made by the data set of the rows that were asked for
+
+    def made(order: Sequence[int]) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            state, drawn = random.getstate(), np.random.get_state()
+            try:
+                random.seed(0)
+                np.random.seed(0)
+                batch = loader.collate_fn([copy.deepcopy(rows[i]) for i in order])
+                for hook in hooks:
+                    batch = hook(batch)
+                return batch
+            finally:
+                random.setstate(state)
+                np.random.set_state(drawn)
+
+    together = list(_tensors(made(range(count))))
+    for i in range(count):
+        alone = list(_tensors(made([i] * count)))  # beside nobody but itself
+        for one, other in zip(together, alone, strict=True):
+            if not (one.dim() and one.shape[:1] == other.shape[:1] == (count,)):
+                continue
+            part = tuple(slice(min(sizes)) for sizes in zip(one[i].shape, other[i].shape, strict=True))  # padding
+            if not torch.allclose(one[i][part].double(), other[i][part].double(), equal_nan=True):
+                raise ValueError(
+                    "the collate function (or a hook on the batch) changes a row with the rows beside it or moves it, "
+                    "so rows are not bounded one by one; do it to single rows, in the data set"
+                )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
 
 
 def _column(dataset: Any, name: str) -> Any:

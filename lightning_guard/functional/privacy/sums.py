@@ -33,6 +33,7 @@ class NoisySum:
         self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.parts: dict[int, Tensor] = {}
         self.begun = False
+        self.handed: dict[int, Tensor] = {}  # the gradients that came from here, by the parameter's id
 
     @torch.no_grad()
     def begin(self, std: float) -> None:
@@ -56,6 +57,7 @@ class NoisySum:
                 continue
             part = self.parts[id(parameter)]
             parameter.grad = part if parameter.grad is None else parameter.grad + part
+            self.handed[id(parameter)] = parameter.grad
         self.begun = False
 
     def _allocate(self) -> None:
