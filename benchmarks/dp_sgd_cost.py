@@ -30,7 +30,7 @@ from torch import nn
 from lightning_guard.callbacks import DPSGD
 from lightning_guard.models.transformer import Block
 
-WARM = 4  # steps before the clock runs
+WARM = 17  # steps before the clock runs; DPSGD probes after 0, 1, 4, 16, 64 ... steps
 
 
 def cnn(width=16):

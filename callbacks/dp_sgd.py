@@ -465,9 +465,9 @@ class DPSGD(Guard):
                     f"training does not read the loader that draws by the plan but {type(given).__name__}; give one "
                     "DataLoader, and replace it nowhere"
                 )
-        # Again after 1, 2, 4, 8 ... steps: a coupling may begin later, or hide at the first weights.
+        # Again after 1, 4, 16 ... steps: a coupling may begin later, or hide at the first weights.
         if self._steps >= self._probing and deal.units > 1 and step.again is not None:
-            self._probing = max(1, 2 * self._steps)
+            self._probing = max(1, 4 * self._steps)
             self._probe(step, deal)
         if self._steps < 4:
             self._check_kept()

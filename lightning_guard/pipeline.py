@@ -200,7 +200,10 @@ class Pipeline(Run):
                 return self._step_manually(old, batch, args, kwargs)
             with self._one_step(batch) as step:
                 step.again = partial(self._again, step, old, args, kwargs)
-                return self._guarded(step, old, args, kwargs)
+                try:
+                    return self._guarded(step, old, args, kwargs)
+                finally:
+                    step.again = None  # a cycle, which would keep the batch until Python looks for cycles
 
         return training_step
 

@@ -454,6 +454,20 @@ def test_a_demo_configuration_is_checked(demo, recipe, capsys):
     assert code == 0, out
 
 
+def test_a_private_demo_configuration_is_checked(capsys):
+    code, out, err = said(capsys, "check", "--config", "demo/adult-private", "--trainer.accelerator", "cpu")
+    assert (code, err) == (0, "")
+    assert "dp_sgd: 1 noisy steps spent epsilon" in out
+
+
+@pytest.mark.parametrize("demo", ["demo/mnist-private", "demo/fashion-mnist-private"])
+def test_a_demo_of_features_finds_its_images(demo, capsys):
+    code, out, err = said(capsys, "check", "--config", demo, "--data-dir", "/nowhere", "--trainer.accelerator", "cpu")
+    assert code == 2
+    assert "ScatteringClassifier, ScatteredData, DPSGD" in out
+    assert "data_dir='/nowhere' is not a folder. Point it at" in err
+
+
 def test_entry_points_add_slots_under_their_own_name(monkeypatch):
     def point(name, cls):
         return type("Point", (), {"name": name, "value": "m:C", "load": lambda self: cls})()

@@ -201,6 +201,10 @@ def test_state_dict_keys_are_the_users(guard, tmp_path):
 def test_forms_of_batch_and_output(guard, form, outputs):
     # Net unpacks exactly two: where a guard needs the group, it must be kept from the step.
     net = Net if guard.needs_group else PlainNet
+    if outputs == "none" and Trait.BOUNDS_EXAMPLES in guard.traits:
+        with pytest.raises(GuardConflict, match="returned no loss"):
+            fit([GUARDS[guard].on()], lambda: net(outputs=outputs), loader(form))
+        return
     guarded = fit([GUARDS[guard].on()], lambda: net(outputs=outputs), loader(form))
     off = fit([GUARDS[guard].off()], lambda: net(outputs=outputs), loader(form))
     plain = fit(None, lambda: PlainNet(outputs=outputs), loader(form))

@@ -55,6 +55,7 @@ class FashionMNISTData(TableData):
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
         "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
     )  # fmt: skip
+    remedy = REMEDY
 
     def __init__(
         self,
@@ -74,8 +75,12 @@ class FashionMNISTData(TableData):
     def read(self) -> Arrays:
         """Images uint8 of shape ``(N, 28, 28)`` and labels uint8 of shape ``(N,)`` of both parts."""
         if self.data_dir is None:
-            return read_packaged("fashion_mnist_7k.npz")
-        return parse(read_files(self.data_dir, FILES.values(), option="data_dir", remedy=REMEDY))
+            return self.packaged()
+        return parse(read_files(self.data_dir, FILES.values(), option="data_dir", remedy=self.remedy))
+
+    def packaged(self) -> Arrays:
+        """The images that come with the package."""
+        return read_packaged("fashion_mnist_7k.npz")
 
     def table(self, part: str) -> Table:
         """Kept as bytes, decoded by the batch: the full set takes 55 MB instead of 220."""

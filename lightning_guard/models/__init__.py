@@ -1,7 +1,8 @@
-"""Three small classifiers for the packaged data, ordinary LightningModules."""
+"""Four small classifiers for the packaged data, ordinary LightningModules."""
 
 from lightning_guard.models.cnn import SmallCNN
 from lightning_guard.models.mlp import MLP
+from lightning_guard.models.scattering import ScatteringClassifier
 from lightning_guard.models.transformer import SmallTransformer
 
-__all__ = ["MLP", "SmallCNN", "SmallTransformer"]
+__all__ = ["MLP", "ScatteringClassifier", "SmallCNN", "SmallTransformer"]

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 Schedule = Literal["constant", "cosine"]
+Optimizer = Literal["adamw", "sgd"]
+
+MOMENTUM = 0.9  # of SGD
 
 
 class Classifier(pl.LightningModule):
-    """Trains ``forward(x) -> logits`` with cross-entropy and AdamW.
+    """Trains ``forward(x) -> logits`` with cross-entropy, by AdamW or SGD.
 
     Two classes have one logit of shape ``(N,)`` and the binary cross-entropy; more have logits of shape
     ``(N, num_classes)``. A batch is any sequence that starts with inputs and int64 labels of shape ``(N,)``;
@@ -23,27 +26,33 @@ class Classifier(pl.LightningModule):
 
     Args:
         num_classes: Number of classes, at least 2.
-        lr: Learning rate of AdamW, its peak with ``schedule="cosine"``.
-        weight_decay: Decoupled weight decay of AdamW.
+        lr: Learning rate, its peak with ``schedule="cosine"``.
+        weight_decay: Weight decay: decoupled from the gradient with AdamW, added to the gradient with SGD.
         schedule: ``"constant"``, or ``"cosine"`` from ``lr`` to zero over the steps of the fit.
+        optimizer: ``"adamw"``, or ``"sgd"`` with momentum 0.9.
 
     Raises:
-        ValueError: ``num_classes`` is below 2, ``schedule`` is unknown, or (at the start of the fit) a cosine
-            schedule has no end.
+        ValueError: ``num_classes`` is below 2, ``schedule`` or ``optimizer`` is unknown, or (at the start of the
+            fit) a cosine schedule has no end.
     """
 
-    def __init__(self, num_classes: int, lr: float, weight_decay: float, schedule: Schedule) -> None:
+    def __init__(
+        self, num_classes: int, lr: float, weight_decay: float, schedule: Schedule, optimizer: Optimizer = "adamw"
+    ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2; two classes share one logit")
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule={schedule!r} must be one of {get_args(Schedule)}")
+        if optimizer not in get_args(Optimizer):
+            raise ValueError(f"optimizer={optimizer!r} must be one of {get_args(Optimizer)}")
         self.save_hyperparameters()  # of the subclass, whose arguments they are
         self.num_classes = num_classes
         self.num_logits = 1 if num_classes == 2 else num_classes
         self.lr = lr
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.optimizer = optimizer
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -81,7 +90,13 @@ class Classifier(pl.LightningModule):
         self.log(f"{stage}_accuracy", accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(
+                self.parameters(), lr=self.lr, momentum=MOMENTUM, weight_decay=self.weight_decay
+            )
         if self.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches

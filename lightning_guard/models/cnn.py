@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lightning_guard.models.base import Classifier, Schedule
+from lightning_guard.models.base import Classifier, Optimizer, Schedule
 
 GROUPS = 8
 
@@ -20,9 +20,10 @@ class SmallCNN(Classifier):
         width: Channels of the convolutions, a multiple of 8; the hidden layer behind them has twice as many
             units. The default makes 111,000 parameters.
         dropout: Probability of dropping a hidden unit in front of the last layer.
-        lr: Learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
+        lr: Learning rate, its peak with ``schedule="cosine"``.
+        weight_decay: Weight decay.
         schedule: ``"constant"`` or ``"cosine"``.
+        optimizer: ``"adamw"``, or ``"sgd"`` with momentum 0.9.
 
     Raises:
         ValueError: ``width`` is no positive multiple of 8, or ``image_size`` is below 4.
@@ -43,8 +44,9 @@ class SmallCNN(Classifier):
         lr: float = 2e-3,
         weight_decay: float = 0.01,
         schedule: Schedule = "constant",
+        optimizer: Optimizer = "adamw",
     ) -> None:
-        super().__init__(num_classes, lr, weight_decay, schedule)
+        super().__init__(num_classes, lr, weight_decay, schedule, optimizer)
         if width < 1 or width % GROUPS:
             raise ValueError(f"width={width} must be a positive multiple of {GROUPS}, for GroupNorm")
         if image_size < 4:

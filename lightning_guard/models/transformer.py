@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_guard.models.base import Classifier, Schedule
+from lightning_guard.models.base import Classifier, Optimizer, Schedule
 
 
 class SmallTransformer(Classifier):
@@ -25,9 +25,10 @@ class SmallTransformer(Classifier):
         depth: Number of blocks.
         heads: Attention heads of a block.
         dropout: Probability of dropping a unit at the end of each branch.
-        lr: Learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
+        lr: Learning rate, its peak with ``schedule="cosine"``.
+        weight_decay: Weight decay.
         schedule: ``"constant"`` or ``"cosine"``.
+        optimizer: ``"adamw"``, or ``"sgd"`` with momentum 0.9.
 
     Raises:
         ValueError: ``patch_size`` does not divide ``image_size``, or ``heads`` does not divide ``dim``.
@@ -50,8 +51,9 @@ class SmallTransformer(Classifier):
         lr: float = 2e-3,
         weight_decay: float = 0.01,
         schedule: Schedule = "constant",
+        optimizer: Optimizer = "adamw",
     ) -> None:
-        super().__init__(num_classes, lr, weight_decay, schedule)
+        super().__init__(num_classes, lr, weight_decay, schedule, optimizer)
         if image_size % patch_size:
             raise ValueError(f"patch_size={patch_size} must divide image_size={image_size}")
         if dim % heads:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_guard.data import AdultData, FashionMNISTData
 from lightning_guard.models import MLP, SmallCNN, SmallTransformer
 from lightning_guard.models.base import Classifier
+from lightning_guard.models.mlp import hats
 
 IMAGES = {"cnn": SmallCNN, "transformer": SmallTransformer}
 
@@ -94,7 +96,7 @@ def test_accuracy_counts_logits_by_their_sign() -> None:
     [
         SmallCNN(width=8, dropout=0.1),
         SmallTransformer(dim=16, heads=2),
-        MLP(784, hidden=[16], num_classes=10),
+        MLP(784, hidden=[16], num_classes=10, optimizer="sgd", knots=3, spread=(400, 401)),
     ],
     ids=["cnn", "transformer", "mlp"],
 )
@@ -112,8 +114,62 @@ def test_checkpoints_come_back_without_pickles(net: Classifier, tmp_path: Path) 
 def test_hyperparameters_are_those_of_the_model() -> None:
     assert dict(MLP(4, hidden=[3]).hparams) == {
         "in_features": 4, "hidden": [3], "num_classes": 2, "dropout": 0.0, "lr": 2e-3, "weight_decay": 0.01,
-        "schedule": "constant",
+        "schedule": "constant", "optimizer": "adamw", "knots": 0, "spread": (),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer", "mlp"])
+def test_the_optimizer_is_the_stated_one(name: str) -> None:
+    adam = make(name, lr=0.3, weight_decay=0.2).configure_optimizers()
+    assert type(adam) is torch.optim.AdamW
+    assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.3, 0.2)
+    sgd = make(name, lr=0.3, weight_decay=0.2, optimizer="sgd").configure_optimizers()
+    assert type(sgd) is torch.optim.SGD
+    stated = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.2, "nesterov": False}
+    assert {option: sgd.defaults[option] for option in stated} == stated
+
+
+def test_sgd_steps_are_the_formula() -> None:
+    """``v = 0.9 v + g``, ``w = w - lr v``, and half the first step size at the middle of a cosine."""
+    net = MLP(2, hidden=[], lr=0.5, weight_decay=0.0, schedule="cosine", optimizer="sgd")
+    before, data = net.layers[0].weight.detach().double(), (torch.tensor([[1.0, 2.0]]), torch.tensor([1]))
+    bias = net.layers[0].bias.detach().double()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data))
+    trainer(max_steps=2, limit_val_batches=0).fit(net, loader)
+    x, velocity = data[0][0].double(), 0.0
+    for lr in (0.5, 0.25):
+        slope = torch.sigmoid(before[0] @ x + bias[0]) - 1
+        velocity = 0.9 * velocity + slope
+        before, bias = before - lr * velocity * x, bias - lr * velocity
+    torch.testing.assert_close(net.layers[0].weight.detach().double(), before, rtol=1e-5, atol=0)
+
+
+def test_hats_are_an_interpolation() -> None:
+    x, heights = torch.rand(200), torch.randn(7)
+    values = hats(x, 7)
+    assert values.shape == (200, 7)
+    assert ((values > 0).sum(dim=1) <= 2).all()
+    torch.testing.assert_close(values.sum(dim=1), torch.ones(200))
+    expected = np.interp(x.numpy(), np.linspace(0, 1, 7), heights.numpy())
+    torch.testing.assert_close(values @ heights, torch.from_numpy(expected).float(), atol=1e-5, rtol=0)
+    assert torch.equal(hats(torch.linspace(0, 1, 7), 7).round(decimals=5), torch.eye(7))
+
+
+def test_knots_bend_a_linear_model_and_leave_the_rest_alone() -> None:
+    net = MLP(3, hidden=[], knots=5, spread=[2])
+    assert net.layers[0].weight.shape == (1, 8)
+    with torch.no_grad():
+        net.layers[0].weight.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]))  # a roof over column 2
+        net.layers[0].bias.zero_()
+    x = torch.tensor([[7.0, 5.0, 0.25], [7.0, 5.0, 0.5], [7.0, 5.0, 0.625]])
+    assert net(x).tolist() == [7.0, 8.0, 7.5]
+    assert set(MLP(3, hidden=[4], knots=5, spread=[0, 1]).state_dict()) == set(MLP(3, hidden=[4]).state_dict())
+
+
+def test_rows_with_knots_do_not_see_each_other() -> None:
+    net, x = MLP(4, knots=6, spread=[1, 3]), torch.rand(5, 4)
+    torch.testing.assert_close(net(x)[1:2], net(x[1:2]))
+    assert net(x[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +179,12 @@ def test_hyperparameters_are_those_of_the_model() -> None:
         (lambda: SmallCNN(image_size=3), "image_size=3 must be at least 4"),
         (lambda: SmallCNN(num_classes=1), "num_classes=1 must be at least 2"),
         (lambda: SmallCNN(schedule="linear"), "schedule='linear' must be one of"),  # type: ignore[arg-type]
+        (lambda: MLP(4, optimizer="adam"), "optimizer='adam' must be one of"),  # type: ignore[arg-type]
+        (lambda: MLP(4, knots=4), r"knots=4 must be at least 2 where spread=\[\] names columns"),
+        (lambda: MLP(4, spread=[1]), r"knots=0 must be at least 2 where spread=\[1\]"),
+        (lambda: MLP(4, knots=1, spread=[1]), "knots=1 must be at least 2"),
+        (lambda: MLP(4, knots=4, spread=[1, 4]), r"spread=\[1, 4\] must be different columns from 0 to 3"),
+        (lambda: MLP(4, knots=4, spread=[1, 1]), r"spread=\[1, 1\] must be different columns"),
         (lambda: SmallTransformer(patch_size=5), "patch_size=5 must divide image_size=28"),
         (lambda: SmallTransformer(heads=3), "heads=3 must divide dim=64"),
         (lambda: MLP(106)(torch.zeros(2, 104)), "in_features=106 must be 104"),

@@ -368,7 +368,6 @@ class Bookkeeper(TorchFunctionMode):
         return out
 
     @torch.no_grad()
-    @torch.no_grad()
     def add_sums(self, factors: Tensor, out: Mapping[int, Tensor], groups: Mapping[int, int] | None = None) -> None:
         """Add the sums of ``factors[group, i] * gradient[i]`` to the tensors of each parameter.
 
