@@ -11,7 +11,7 @@ from lightning_guard.report.summary import baseline
 from lightning_guard.report.verdict import verdicts, warning
 
 # Everything that begins markup, HTML, or a link; an underscore inside a word begins nothing.
-_MARKUP = re.compile(r"[\\`*\[\]<>|~#]|&(?=#?\w+;)|:(?=//)|(?<!\w)_|_(?!\w)")
+_MARKUP = re.compile(r"[\\`*\[\]<>|~#]|&(?=#?\w+;)|:(?=//)|(?<![^\W_])_|_(?![^\W_])")
 
 
 def text(document: Mapping[str, Any]) -> str:
