@@ -69,6 +69,7 @@ class PrivacyAudit(Guard):
     | targets that are quantities, several, or none | refused: a canary needs a class                          |
     | ``DPSGD(users=...)``                        | refused: canaries belong to nobody                         |
     | resumed training                            | goes on with the coins and canaries of the checkpoint      |
+    | canaries leave a last batch of a single row | joins the batch before it: BatchNorm cannot train on one   |
     | several processes                           | the same coins and canaries in all of them                 |
     | an example's loss is NaN in the end         | the canary counts as not learnt                            |
 

@@ -546,7 +546,7 @@ def test_several_backward_passes_on_a_batch_are_paid_for(toggled):
     net = fit([guard], Pair(toggled))
     fit([single], Small)
     assert guard.plan.epsilon() == pytest.approx(replace(single.plan, noise_multiplier=0.5 / 2**0.5).epsilon())
-    assert guard._steps == 8
+    assert guard.state()["steps"] == 8
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -749,7 +749,7 @@ def test_reloaded_loaders_draw_anew():
     guard = on(test_seed=None, max_physical_batch_size=9)
     fit([Looking(), guard], Small, Reloading(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
     assert seen[0] != seen[1] != seen[2]
-    assert guard._steps == 12
+    assert guard.state()["steps"] == 12
 
 
 class Skipping(Small):

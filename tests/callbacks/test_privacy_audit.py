@@ -167,9 +167,43 @@ def test_canaries_have_the_form_of_the_rows(kind, form):
 def test_coins_come_from_the_operating_system():
     guards = [PrivacyAudit(canaries=64), PrivacyAudit(canaries=64)]
     for guard in guards:
-        fit([guard], Softmax, data(), seed=0, max_epochs=1)  # no BatchNorm: a last batch may be a single row
+        fit([guard], Softmax, data(), seed=0, max_epochs=1)
     first, second = (guard.state()["coins"] for guard in guards)
     assert not torch.equal(first, second)
+
+
+class Sizes(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append(len(batch[0]))
+
+
+def with_a_row_over(drop_last=False):
+    """Rows that make, together with the canaries of seed 1, batches of 16 and one row more."""
+    probe = PrivacyAudit(canaries=40, seed=1)
+    fit([probe], max_epochs=1)
+    rows = 65 - int(probe.state()["coins"].sum())
+    return DataLoader(TensorDataset(torch.rand(rows, 6), torch.arange(rows) % 3), 16, drop_last=drop_last)
+
+
+def test_canaries_leave_no_batch_of_a_single_row():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fit(None, lambda: PlainNet(norm=True), DataLoader(TensorDataset(torch.rand(65, 6), torch.arange(65) % 3), 16))
+    sizes, guard = Sizes(), PrivacyAudit(canaries=40, seed=1)
+    fit([guard, sizes], lambda: PlainNet(norm=True), with_a_row_over(), max_epochs=2)
+    assert sizes.seen == [16, 16, 16, 17] * 2
+    assert guard.result is not None
+    sizes = Sizes()
+    fit([PrivacyAudit(canaries=40, seed=1), sizes], PlainNet, with_a_row_over(drop_last=True), max_epochs=1)
+    assert sizes.seen == [16] * 4
+
+
+def test_private_draws_are_planned_by_the_size_that_was_given():
+    claimed = private(3.0)
+    fit([PrivacyAudit(canaries=40, seed=1), claimed], lambda: PlainNet(norm=False), with_a_row_over())
+    assert (claimed.plan.units, claimed.plan.batch_size) == (65, 16)
 
 
 def test_scoring_leaves_no_trace(monkeypatch):

@@ -6,11 +6,13 @@ from lightning_guard.functional.privacy.book import Bookkeeper, Unbooked
 from lightning_guard.functional.privacy.canaries import Mixed, Outliers, label, relabelled
 from lightning_guard.functional.privacy.clipping import Clipping, adapted
 from lightning_guard.functional.privacy.layers import correct_adam_, group_norms
-from lightning_guard.functional.privacy.loaders import dealt, population, refilled, together
+from lightning_guard.functional.privacy.ledger import Ledger
+from lightning_guard.functional.privacy.loaders import Joined, dealt, population, refilled, together
+from lightning_guard.functional.privacy.mechanism import Mechanism
 from lightning_guard.functional.privacy.noise import Noise
 from lightning_guard.functional.privacy.plan import PrivacyPlan
 from lightning_guard.functional.privacy.probes import Findings, probe, take
-from lightning_guard.functional.privacy.sampling import Deal, Draws
+from lightning_guard.functional.privacy.sampling import Deal, Draws, chunks_within
 from lightning_guard.functional.privacy.sums import NoisySum
 
 __all__ = [
@@ -20,6 +22,9 @@ __all__ = [
     "Deal",
     "Draws",
     "Findings",
+    "Joined",
+    "Ledger",
+    "Mechanism",
     "Mixed",
     "Noise",
     "NoisySum",
@@ -30,6 +35,7 @@ __all__ = [
     "adapted",
     "audit",
     "ceiling",
+    "chunks_within",
     "contrast",
     "correct_adam_",
     "dealt",

@@ -40,7 +40,7 @@ def population(loader: Any, users: str | Sequence[Any] | None = None) -> int | l
             f"{type(loader.dataset).__name__} is a stream, from which no row can be drawn independently; "
             "give a map-style dataset with __len__ and __getitem__"
         )
-    if type(loader.batch_sampler) is not BatchSampler:
+    if type(loader.batch_sampler) not in (BatchSampler, Joined):
         raise ValueError(
             "the DataLoader has a batch sampler of its own (or batch_size=None), which would be replaced; leave the "
             "choice of rows to the plan: give batch_size, and shuffle or not"
@@ -151,11 +151,14 @@ def dealt(loader: DataLoader, draws: Draws) -> DataLoader:
 def refilled(loader: DataLoader, dataset: Dataset) -> DataLoader:
     """The loader over other rows, each once an epoch in an order of the same kind, and otherwise as it was.
 
+    A last batch of a single row, which comes by chance where the number of rows does, joins the one before it.
+
     Args:
         loader: one that :func:`population` does not refuse.
         dataset: the rows.
     """
     sampler: Any = loader.sampler
+    batches: Any = loader.batch_sampler
     if isinstance(sampler, DistributedSampler):
         sampler = DistributedSampler(
             dataset, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
@@ -164,7 +167,39 @@ def refilled(loader: DataLoader, dataset: Dataset) -> DataLoader:
         sampler = RandomSampler(dataset, generator=sampler.generator)  # type: ignore[arg-type]
     else:
         sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
-    return DataLoader(dataset, loader.batch_size, sampler=sampler, drop_last=loader.drop_last, **_options(loader))
+    joined = Joined(sampler, batches.batch_size, batches.drop_last)
+    if joined.joins:
+        return DataLoader(dataset, batch_sampler=joined, **_options(loader))
+    return DataLoader(dataset, batches.batch_size, sampler=sampler, drop_last=batches.drop_last, **_options(loader))
+
+
+class Joined(BatchSampler):
+    """Batches of rows, of which a last one of a single row joins the one before it: BatchNorm cannot train on one row.
+
+    | case                                     | result                              |
+    |------------------------------------------|-------------------------------------|
+    | ``drop_last``, or more than one row over | as they are                         |
+    | ``batch_size=1``                         | as they are: single rows are meant  |
+    | one row altogether                       | a batch of it                       |
+
+    Example:
+        >>> list(Joined(range(5), batch_size=2, drop_last=False))
+        [[0, 1], [2, 3, 4]]
+    """
+
+    @property
+    def joins(self) -> bool:
+        """Whether a row is left over."""
+        rows = len(self.sampler)  # type: ignore[arg-type]
+        return not self.drop_last and rows > self.batch_size > 1 and rows % self.batch_size == 1
+
+    def __len__(self) -> int:
+        return super().__len__() - self.joins
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches, last = super().__iter__(), len(self) - 1
+        for i, batch in enumerate(batches):
+            yield [*batch, *next(batches)] if i == last and self.joins else batch
 
 
 def _options(loader: DataLoader) -> dict[str, Any]:

@@ -40,6 +40,29 @@ class Findings:
         """Whether no unit's gradient was seen to depend on another unit."""
         return self.coupling <= _SAME
 
+    def check(self, loss_reduction: str) -> None:
+        """Check that what was found can be clipped and noised unit by unit.
+
+        Args:
+            loss_reduction: how the loss is said to treat its batch.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        if not self.independent:
+            raise ValueError(
+                f"the gradient of one example changed by {self.coupling:.1%} (in {self.parameter}) when another was "
+                "replaced, so clipping each bounds nothing; let no layer, loss, weight or augmentation mix examples, "
+                "and average a weighted loss over the number of examples, not over their weights"
+            )
+        if self.reduction not in (None, loss_reduction):
+            raise ValueError(
+                f"training_step gives the {self.reduction} of the examples' losses; say so with "
+                f"loss_reduction={self.reduction!r}, or max_grad_norm would mean something else"
+            )
+        if self.influence > 2.01:
+            raise ValueError(f"one example moved the clipped sum by {self.influence:.3g} times max_grad_norm, not 2")
+
 
 def probe(
     book: Bookkeeper,

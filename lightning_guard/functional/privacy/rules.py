@@ -4,6 +4,7 @@ A rule is tried when such a function meets a trainable tensor. It returns the ou
 not apply; then the function runs natively, and a raw gradient that reaches a parameter that way stops the run.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from operator import ge
 from typing import TYPE_CHECKING, Any
@@ -22,19 +23,19 @@ if TYPE_CHECKING:
 KEEP = 2.0
 
 
-class Rule:
+class Rule(ABC):
     """One call of a layer: runs it, and books it when the gradient of its output comes."""
 
     def __init__(self, book: "Bookkeeper"):
         self.book = book
 
+    @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
         """The output, and the tensors to keep for :meth:`backward`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, b: Tensor, saved: Sequence[Tensor], wanted: bool) -> Tensor | None:
         """Book the output's gradient ``b``; the gradient of ``x`` if it is wanted."""
-        raise NotImplementedError
 
     def add_bias(self, part: "Part | None", b: Tensor) -> Full | None:
         """Book the bias of a layer with output gradients ``(n, T, d)``."""

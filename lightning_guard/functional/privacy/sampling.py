@@ -1,5 +1,6 @@
 """Which units a private step takes."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -190,6 +191,23 @@ class Draws(Sampler[list[int]]):
         if len(own) > self.rows:
             return [own[i] for i in torch.randperm(len(own), generator=generator)[: self.rows].tolist()]
         return [own[i % len(own)] for i in range(self.rows)]
+
+
+def chunks_within(most: int, size: int, rows: int = 1, world: int = 1) -> int:
+    """Into how many batches to deal a draw, so that hardly ever one has more than ``most`` rows.
+
+    Args:
+        most: rows of a batch.
+        size: expected units of a draw.
+        rows: rows of a unit.
+        world: number of processes.
+
+    Example:
+        >>> chunks_within(64, size=256)
+        6
+    """
+    # Six standard deviations above the expected size: a larger draw comes once in a billion steps.
+    return math.ceil(math.ceil((size + 6 * math.sqrt(size)) * rows / world) / most)
 
 
 def _poisson(units: int, rate: float, generator: torch.Generator) -> Tensor:

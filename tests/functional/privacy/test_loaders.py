@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_guard.functional.privacy import Draws, dealt, population
+from lightning_guard.functional.privacy import Draws, Joined, dealt, population, refilled
 
 
 class People(Dataset):
@@ -125,3 +125,34 @@ def test_dealt_changes_the_batches_alone():
     for name in ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "generator"):
         assert getattr(other, name) is getattr(loader, name)
     assert [sorted(batch.tolist()) for batch in other] == [[0, 2, 4, 6, 8, 10]] * 3
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", range(1, 6))
+@pytest.mark.parametrize("rows", range(1, 14))
+def test_a_single_row_joins_the_batch_before_it(rows, size, drop_last):
+    plain = list(BatchSampler(range(rows), size, drop_last))
+    joined = Joined(range(rows), size, drop_last)
+    batches = list(joined)
+    assert len(joined) == len(batches)
+    lone = size > 1 and len(plain) > 1 and len(plain[-1]) == 1
+    assert joined.joins == lone
+    assert batches == ([*plain[:-2], plain[-2] + plain[-1]] if lone else plain)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_refilled_is_the_same_loader_over_other_rows(shuffle):
+    for rows, drop_last in ((7, False), (7, True), (8, False), (9, False), (10, False)):
+        loader = DataLoader(ROWS, 4, shuffle=shuffle, drop_last=drop_last)
+        other = refilled(loader, TensorDataset(torch.arange(float(rows))))
+        assert population(other) == rows
+        sizes = [len(batch) for (batch,) in other]
+        wanted = {(7, False): [4, 3], (7, True): [4], (8, False): [4, 4], (9, False): [4, 5], (10, False): [4, 4, 2]}
+        assert sizes == wanted[rows, drop_last]
+        assert len(other) == len(sizes)
+        assert other.batch_sampler.batch_size == 4
+        epochs = [torch.cat([batch for (batch,) in other]) for _ in range(3)]
+        assert all(len(set(epoch.tolist())) == sum(sizes) for epoch in epochs)
+        assert all(torch.equal(epoch, epochs[0]) for epoch in epochs) != shuffle
+        again = refilled(other, ROWS)  # what was joined is a loader like any other
+        assert [len(batch) for (batch,) in again] == ([4] if drop_last else [4, 2])
