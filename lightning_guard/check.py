@@ -220,7 +220,9 @@ def _callables(module: nn.Module) -> Iterator[str]:
             if callable(value):
                 yield f"{name}.{attribute}".lstrip(".")
             elif "hooks" in attribute and isinstance(value, dict):
-                yield from (f"{name}.{attribute}[{key}]".lstrip(".") for key in value)
+                for key, hook in value.items():
+                    if not getattr(hook, "part_of_the_model", False):  # a guard's product, as a rewrite is
+                        yield f"{name}.{attribute}[{key}]".lstrip(".")
 
 
 def _ours(cli: GuardCLI) -> Iterator[str]:

@@ -324,7 +324,7 @@ class Pipeline(Run):
         self._watched = True
         with ExitStack() as undo:
             source = self.module.get_submodule(self.batch.logits or "")
-            undo.callback(source.register_forward_pre_hook(partial(self._fed, step)).remove)
+            undo.callback(source.register_forward_pre_hook(partial(self._fed, step), prepend=True).remove)
             yield
 
     def _fed(self, step: Step, source: Any, args: tuple[Any, ...]) -> None:
