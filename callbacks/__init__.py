@@ -6,7 +6,21 @@ if __name__ != "lightning_guard.callbacks":  # a second copy of every class woul
 from lightning_guard.callbacks.adversarial_training import AdversarialTraining
 from lightning_guard.callbacks.dp_sgd import DPSGD
 from lightning_guard.callbacks.fairness import FairnessRegularization
+from lightning_guard.callbacks.feature_squeezing import FeatureSqueezing
 from lightning_guard.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_guard.callbacks.privacy_audit import PrivacyAudit
+from lightning_guard.callbacks.randomized_smoothing import RandomizedSmoothing
+from lightning_guard.callbacks.sample_ledger import SampleLedger
+from lightning_guard.callbacks.trimmed_loss import TrimmedLoss
 
-__all__ = ["DPSGD", "AdversarialTraining", "FairnessRegularization", "MagnitudePruning", "PrivacyAudit"]
+__all__ = [
+    "DPSGD",
+    "AdversarialTraining",
+    "FairnessRegularization",
+    "FeatureSqueezing",
+    "MagnitudePruning",
+    "PrivacyAudit",
+    "RandomizedSmoothing",
+    "SampleLedger",
+    "TrimmedLoss",
+]

@@ -9,15 +9,29 @@ from lightning_guard.callbacks import (
     DPSGD,
     AdversarialTraining,
     FairnessRegularization,
+    FeatureSqueezing,
     MagnitudePruning,
     PrivacyAudit,
+    RandomizedSmoothing,
+    SampleLedger,
+    TrimmedLoss,
 )
 from lightning_guard.guard import Guard
 
 GROUP = "lightning_guard.guards"  # the entry points by which other packages add slots of their own
 
 
-OURS: tuple[type[Guard], ...] = (AdversarialTraining, DPSGD, FairnessRegularization, MagnitudePruning, PrivacyAudit)
+OURS: tuple[type[Guard], ...] = (
+    AdversarialTraining,
+    DPSGD,
+    FairnessRegularization,
+    FeatureSqueezing,
+    MagnitudePruning,
+    PrivacyAudit,
+    RandomizedSmoothing,
+    SampleLedger,
+    TrimmedLoss,
+)
 TAKEN = "batch"  # under `guards:` it says how a batch is read, for all of them
 
 

@@ -8,8 +8,12 @@ from lightning_guard.callbacks import (
     DPSGD,
     AdversarialTraining,
     FairnessRegularization,
+    FeatureSqueezing,
     MagnitudePruning,
     PrivacyAudit,
+    RandomizedSmoothing,
+    SampleLedger,
+    TrimmedLoss,
 )
 from lightning_guard.guard import Guard
 
@@ -20,6 +24,7 @@ class Row:
 
     on: Callable[[], Guard]
     off: Callable[[], Guard]
+    watches: bool = False  # it acts by what it keeps, and must leave training as it is
 
 
 GUARDS: dict[type[Guard], Row] = {
@@ -35,6 +40,10 @@ GUARDS: dict[type[Guard], Row] = {
         on=lambda: FairnessRegularization(weight=1.0),
         off=lambda: FairnessRegularization(weight=0.0),
     ),
+    FeatureSqueezing: Row(
+        on=lambda: FeatureSqueezing(bits=2),
+        off=lambda: FeatureSqueezing(bits=None),
+    ),
     MagnitudePruning: Row(
         on=lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
         off=lambda: MagnitudePruning(sparsity=0.0),
@@ -42,5 +51,18 @@ GUARDS: dict[type[Guard], Row] = {
     PrivacyAudit: Row(
         on=lambda: PrivacyAudit(canaries=32, seed=5),  # 16 of them in: five batches of 16 instead of four
         off=lambda: PrivacyAudit(canaries=0),
+    ),
+    RandomizedSmoothing: Row(
+        on=lambda: RandomizedSmoothing(sigma=0.1),
+        off=lambda: RandomizedSmoothing(sigma=0.0),
+    ),
+    SampleLedger: Row(
+        on=lambda: SampleLedger(),
+        off=lambda: SampleLedger(every=0),
+        watches=True,
+    ),
+    TrimmedLoss: Row(
+        on=lambda: TrimmedLoss(share=0.25, warmup=2),
+        off=lambda: TrimmedLoss(share=0.0),
     ),
 }

@@ -473,7 +473,8 @@ def test_entry_points_add_slots_under_their_own_name(monkeypatch):
         return type("Point", (), {"name": name, "value": "m:C", "load": lambda self: cls})()
 
     monkeypatch.setattr(slots, "entry_points", lambda group: [point("leaver", Leaver)])
-    ours = ["adversarial_training", "dp_sgd", "fairness", "magnitude_pruning", "privacy_audit"]
+    ours = [cls.name for cls in slots.OURS]
+    assert ours == sorted(ours)
     assert list(slots.slots()) == [*ours, "leaver"]
     batch = type("BatchGuard", (Guard,), {"name": "batch", "traits": frozenset()})
     for wrong in (point("other", Leaver), point("leaver", int), point("batch", batch)):

@@ -10,8 +10,11 @@ Example:
 """
 
 from lightning_guard.evaluation.base import Bars, Curve, Evaluator, Evidence, Figure
+from lightning_guard.evaluation.certificate import Certificate
 from lightning_guard.evaluation.efficiency import Efficiency
+from lightning_guard.evaluation.ensemble import Ensemble
 from lightning_guard.evaluation.fairness import Fairness
+from lightning_guard.evaluation.poison import PoisonAudit
 from lightning_guard.evaluation.robustness import Robustness
 from lightning_guard.evaluation.subject import Subject
 from lightning_guard.evaluation.task import Task
@@ -22,12 +25,15 @@ EVALUATORS: dict[str, type[Evaluator]] = {cls.name: cls for cls in (Task, Robust
 __all__ = [
     "EVALUATORS",
     "Bars",
+    "Certificate",
     "Curve",
     "Efficiency",
+    "Ensemble",
     "Evaluator",
     "Evidence",
     "Fairness",
     "Figure",
+    "PoisonAudit",
     "Robustness",
     "Subject",
     "Task",
