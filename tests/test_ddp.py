@@ -7,8 +7,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 
-from lightning_guard.callbacks import DPSGD, AdversarialTraining, FairnessRegularization, MagnitudePruning, PrivacyAudit
+from lightning_guard.callbacks import (
+    DPSGD,
+    AdversarialTraining,
+    FairnessRegularization,
+    MagnitudePruning,
+    PrivacyAudit,
+    RandomizedSmoothing,
+)
+from lightning_guard.functional import stream
 from lightning_guard.guard import Trait
 from tests import toys
 from tests.guards import GUARDS
@@ -25,6 +34,18 @@ class Steady(PlainNet):
 
 EXACT = {
     "adversarial_training": lambda: AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0), random_start=False),
+    **{
+        f"adversarial_training, {form}": lambda options=options: AdversarialTraining(
+            eps=0.1, steps=2, bounds=(0.0, 1.0), random_start=False, collapse="ignore", **options
+        )
+        for form, options in {
+            "fgsm": {"method": "fgsm"},
+            "mixed": {"objective": "mixed"},
+            "mart": {"objective": "mart"},
+            "awp": {"awp": 0.05},
+            "free": {"method": "free"},
+        }.items()
+    },
     "fairness": lambda: FairnessRegularization(weight=1.0),
     "equalized_odds": lambda: FairnessRegularization("equalized_odds", weight=1.0, memory=0.5),
     "magnitude_pruning": lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
@@ -35,6 +56,58 @@ EXACT = {
     ),
     "dp_sgd, by layer": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, clipping="per_layer", test_seed=3),
 }
+
+
+RANDOM = {  # each rank draws its own starts, so the oracle is a loop by hand over both ranks' batches
+    "trades": lambda: AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0), objective="trades"),
+    "trades with awp": lambda: AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0), objective="trades", awp=0.05),
+}
+
+
+def trades_by_hand(awp: float) -> Steady:
+    """TRADES on the union of two ranks' batches, each attacked from its own random start."""
+
+    def kl(clean, moved):
+        return F.kl_div(moved.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
+
+    torch.manual_seed(0)
+    net, (x, y, _) = Steady(), toys.rows()
+    optimizer = net.configure_optimizers()["optimizer"]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    for step in range(8):
+        at = 16 * (step % 4)
+        clean, moved, target = [], [], []
+        for rank in (0, 1):
+            part = x[at + rank : at + 16 : 2]
+            noise = torch.rand(part.shape, generator=stream(0, step, rank)) * 2 - 1
+            low, high = (part - 0.1).clamp_min(0), (part + 0.1).clamp_max(1)
+            attacked, before = (part + 0.1 * noise).clamp(low, high), net(part).detach()
+            for _ in range(2):
+                attacked = attacked.detach().requires_grad_()
+                (g,) = torch.autograd.grad(kl(before, net(attacked)).sum(), attacked)
+                attacked = (attacked.detach() + 0.125 * g.sign()).clamp(low, high)  # min(2.5 / 2, 1.25) eps
+            clean.append(part)
+            moved.append(attacked)
+            target.append(y[at + rank : at + 16 : 2])
+        clean, moved, target = map(torch.cat, (clean, moved, target))
+
+        def loss(clean=clean, moved=moved, target=target):
+            logits = net(clean)
+            return F.cross_entropy(logits, target) + 6 * kl(logits, net(moved)).mean()
+
+        kept = [p.detach().clone() for p in weights]
+        if awp:
+            for p, g in zip(weights, torch.autograd.grad(loss(), weights), strict=True):
+                p.data.add_(awp * p.detach().norm() * g / g.norm())
+        optimizer.zero_grad()
+        loss().backward()
+        for p, was in zip(weights, kept, strict=True):
+            p.data.copy_(was)
+        optimizer.step()
+        if step % 4 == 3:
+            scheduler.step()
+    return net
 
 
 class Starts(pl.Callback):
@@ -77,8 +150,16 @@ def work(rank: int, port: int, folder: str) -> None:
         found["on " + guard.name] = fit([row.on()], Net if guard.needs_group else PlainNet, **two).state_dict()
         found["off " + guard.name] = fit([row.off()], **two).state_dict()
     toys.BATCH_NORM = True
+    for form, guard in RANDOM.items():
+        found[form] = fit([guard()], Steady, torch.utils.data.DataLoader(rows, 8, sampler=shares), **two).state_dict()
     found["all"] = fit(
-        [row.on() for guard, row in GUARDS.items() if Trait.BOUNDS_EXAMPLES not in guard.traits], **two
+        [
+            row.on()
+            for guard, row in GUARDS.items()
+            # The second is refused beside an attack.
+            if Trait.BOUNDS_EXAMPLES not in guard.traits and guard is not RandomizedSmoothing
+        ],
+        **two,
     ).state_dict()
     starts = Starts()
     same_rows = torch.utils.data.TensorDataset(torch.full((16, 6), 0.5), torch.zeros(16, dtype=torch.long))
@@ -108,6 +189,13 @@ def test_two_processes_equal_one_on_the_union(ranks, name):
         torch.testing.assert_close(value, one[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", RANDOM)
+def test_two_processes_equal_trades_by_hand(ranks, form):
+    expected = trades_by_hand(awp=0.05 if "awp" in form else 0.0).state_dict()
+    for key, value in ranks[0][form].items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+
+
 def test_ranks_agree_and_off_means_off(ranks):
     parameters = [name for name, _ in PlainNet().named_parameters()]
     for name in ranks[0]:
@@ -118,7 +206,8 @@ def test_ranks_agree_and_off_means_off(ranks):
     for guard in GUARDS:
         on, off, none = (ranks[0][f"{what} {guard.name}"] for what in ("on", "off", "none"))
         assert all(torch.equal(off[key], none[key]) for key in none if key in parameters)
-        assert any(not torch.equal(on[key], none[key]) for key in none if key in parameters)
+        changed = any(not torch.equal(on[key], none[key]) for key in none if key in parameters)
+        assert changed is not GUARDS[guard].watches
 
 
 def test_ranks_draw_different_random_starts(ranks):
