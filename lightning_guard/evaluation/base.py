@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import ClassVar, Literal, Protocol
 
+from torch import Tensor
+
 from lightning_guard.evaluation.subject import Subject
 
 Interval = tuple[float, float]
@@ -55,6 +57,15 @@ class Bars:
     y_unit: str = ""
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A drawing that needs nothing but itself: a PNG in base64, and what it shows."""
+
+    png: str
+    label: str
+    about: str
+
+
 @dataclass
 class Evidence:
     """What an evaluator found, by keys like ``task/accuracy``, in the order of display.
@@ -69,6 +80,9 @@ class Evidence:
             what is uncertain, and what should not be believed.
         intervals: 95% intervals of some of the figures. They stand for the choice of test examples, and know
             nothing of the seeds of training.
+        doubts: by figure, sentences that say why its value may flatter the model.
+        pictures: drawings.
+        tensors: what other models may be judged by, e.g. attacked inputs; no part of a report.
 
     Example:
         >>> one = Evidence({"task/accuracy": Figure(0.9, "Accuracy", "fraction", "higher", "On test data.")})
@@ -82,6 +96,9 @@ class Evidence:
     bars: dict[str, Bars] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     intervals: dict[str, Interval] = field(default_factory=dict)
+    doubts: dict[str, list[str]] = field(default_factory=dict)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __or__(self, other: "Evidence") -> "Evidence":
         """The evidence of both."""
@@ -91,6 +108,9 @@ class Evidence:
             self.bars | other.bars,
             self.notes + other.notes,
             self.intervals | other.intervals,
+            self.doubts | other.doubts,
+            self.pictures | other.pictures,
+            self.tensors | other.tensors,
         )
 
 

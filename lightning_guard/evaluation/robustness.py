@@ -1,65 +1,90 @@
 """How many examples a model still gets right when an attacker may move its inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import fields
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_guard.evaluation.base import Curve, Evidence, Figure, spread, wilson
+from lightning_guard.evaluation.autoattack import refusal
+from lightning_guard.evaluation.base import Bars, Curve, Evidence, Figure, spread, wilson
+from lightning_guard.evaluation.pictures import attacked_images
+from lightning_guard.evaluation.siege import Siege, Tier
 from lightning_guard.evaluation.subject import Subject, column, predicted
-from lightning_guard.evaluation.survival import survives_ascent, survives_noise, without_gradient
-from lightning_guard.functional import ThreatModel, stream
+from lightning_guard.functional import ThreatModel, pgd
+from lightning_guard.functional.attacks.objectives import log_odds
+
+_MOST_BARS = 20
+_MOST_SHARED = 500  # examples that other models may be judged by
 
 
 class Robustness:
-    """Measures accuracy under projected gradient ascent (PGD; Madry et al., 2018), at ``eps`` and around it.
+    """Measures accuracy under attack at ``eps``, over a range of radii and over steps, and says when to doubt it.
 
-    An example counts only if the model gets it right as it is and at every point that any attack visits: from
-    the input itself uphill on the margin between the logits, from random points uphill on the cross-entropy,
-    and, at ``eps``, at random points alone. Smaller radii are tried on what fell at ``eps``, larger ones on what
-    did not. Every visited point is checked to lie within the threat model.
+    An example counts only if the model gets it right as it is and at every point to which any attack takes it. Cheap
+    attacks come first, and only what still stands is attacked further. Every point is checked to lie within the threat
+    model. Accuracy under attack is an upper bound of robustness, whatever the attack.
 
-    This bounds robustness from above: stronger attacks (AutoAttack) find more, and gradients that say nothing
-    find nothing. Notes tell when that is likely.
+    Where gradients are masked, the model draws numbers, accuracy does not fall with the radius, or something simpler
+    beats the gradient attack, the figure is marked as doubtful, the reason is told in a sentence, and what sees more
+    there is tried as well: gradients through rounding and detached tensors (BPDA), the mean over several passes (EOT),
+    and Square, which needs no gradients.
 
     Args:
         eps: radius in input units before normalisation; None takes the threat model of :meth:`with_threat`.
-        norm: ``linf`` or ``l2``.
-        steps: gradient steps of each attack.
-        restarts: attacks from random points, besides the one from the input itself.
+        norm: ``linf``, ``l2`` or ``l1``.
+        attack: ``pgd`` is quick: projected gradient ascent (Madry et al., 2018) on the margin and on the cross-entropy.
+            ``apgd`` adds APGD-CE, targeted APGD, FAB and Square. ``autoattack`` is the standard of the literature and
+            needs ``pip install lightning-guard[robustness]``.
+        steps: gradient steps of each projected gradient ascent.
+        restarts: ascents from random points, besides the one from the input itself.
         bounds: lowest and highest valid input before normalisation, e.g. ``[0, 1]`` for images.
         mean: subtracted from inputs before the network, one number or one a channel.
         std: divided by before the network, one number or one a channel.
         mutable: indices along dimension 1 that the attacker may change; None is all.
+        immutable: indices along dimension 1 that stay.
+        unit: what 1 of ``eps`` is worth, one number or one an index of dimension 1.
+        per: whether ``eps`` bounds each ``example`` or each ``position`` of a sequence.
+        one_hot: groups of columns that hold a category each.
+        switches: how many categories the attacker may change.
+        integer: columns that stay whole.
+        increasing: columns that may only grow.
+        decreasing: columns that may only fall.
         examples: how many examples to attack, the first of the loader.
-        curve: further radii, as multiples of ``eps``.
-        seed: of the random points.
+        curve: further radii, as multiples of ``eps``. Unless there are none, the largest is then doubled until nothing
+            is left.
+        seed: of whatever is drawn.
 
-    | case                                 | result                                                     |
-    |--------------------------------------|------------------------------------------------------------|
-    | ``eps=None`` and no threat           | no figures, and a note                                     |
-    | a regression, or no target           | no figures, and a note                                     |
-    | inputs that are no floating tensor   | no figures, and a note                                     |
-    | inputs outside ``bounds``            | ValueError, with their range                               |
-    | fewer than ``examples`` examples     | all of them                                                |
-    | a gradient that is zero or NaN       | no step there; a note if more than a tenth are             |
+    | case                                 | result                                                          |
+    |--------------------------------------|-----------------------------------------------------------------|
+    | ``eps=None`` and no threat           | no figures, and a note                                          |
+    | a regression, or no target           | no figures, and a note                                          |
+    | inputs that are no floating tensor   | no figures, and a note                                          |
+    | inputs outside ``bounds``            | no figures, and a note with their range                         |
+    | fewer than ``examples`` examples     | all of them                                                     |
+    | a gradient that is zero or NaN       | no step there; a doubt, BPDA and Square if more than a tenth are |
+    | a model that draws numbers           | right means right in each of 10 passes; a doubt                 |
+    | probabilities instead of logits      | their logarithm is attacked; a doubt                            |
+    | more than 20 classes or groups       | bars for the 20 worst, and a note                               |
 
     Raises:
-        ValueError: for values that make no attack, naming the option.
+        ValueError: for values that make no attack, or that AutoAttack cannot take, naming the option.
 
     Reference:
-        Madry et al., ICLR 2018, arXiv:1706.06083. The notes: Carlini et al., On Evaluating Adversarial
-        Robustness, 2019, arXiv:1902.06705.
+        Madry et al., ICLR 2018, arXiv:1706.06083. Croce and Hein, ICML 2020, arXiv:2003.01690. The doubts: Carlini et
+        al., On Evaluating Adversarial Robustness, 2019, arXiv:1902.06705; Athalye et al., ICML 2018, arXiv:1802.00420.
 
     Example:
         >>> import torch
         >>> data = [(torch.tensor([[2.0], [-0.4]]), torch.tensor([1, 0]))]
         >>> found = Robustness(eps=1.0).evaluate(Subject(torch.nn.Identity(), data))
-        >>> found.figures["robustness/accuracy"].value, found.curves["robustness/accuracy"].y
-        (0.5, [1.0, 1.0, 0.5, 0.5, 0.5, 0.5])
+        >>> found.figures["robustness/accuracy"].value, found.doubts
+        (0.5, {})
+        >>> curve = found.curves["robustness/accuracy"]
+        >>> dict(zip(curve.x, curve.y))
+        {0.0: 1.0, 0.25: 1.0, 0.5: 0.5, 0.75: 0.5, 1.0: 0.5, 1.5: 0.5, 3.0: 0.0}
     """
 
     name: ClassVar[str] = "robustness"
@@ -67,175 +92,207 @@ class Robustness:
     def __init__(
         self,
         eps: float | None = None,
-        norm: Literal["linf", "l2"] = "linf",
+        norm: Literal["linf", "l2", "l1"] = "linf",
+        attack: Tier = "pgd",
         steps: int = 20,
         restarts: int = 1,
-        bounds: tuple[float, float] | None = None,
+        bounds: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         mutable: Sequence[int] | None = None,
+        immutable: Sequence[int] | None = None,
+        unit: float | Sequence[float] | None = None,
+        per: Literal["example", "position"] = "example",
+        one_hot: Sequence[Sequence[int]] | None = None,
+        switches: int = 1,
+        integer: Sequence[int] | None = None,
+        increasing: Sequence[int] | None = None,
+        decreasing: Sequence[int] | None = None,
         examples: int = 1000,
         curve: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5),
         seed: int = 0,
     ):
         if eps == 0:
             raise ValueError("eps=0 attacks nothing; give a positive radius, or None to take it from a guard")
-        for option, value, least in (
-            ("steps", steps, 1),
-            ("restarts", restarts, 0),
-            ("examples", examples, 1),
-        ):
+        if attack not in ("pgd", "apgd", "autoattack"):
+            raise ValueError(f"attack={attack!r} is not known; give 'pgd', 'apgd' or 'autoattack'")
+        for option, value, least in (("steps", steps, 1), ("restarts", restarts, 0), ("examples", examples, 1)):
             if value < least:
                 raise ValueError(f"{option}={value} makes no attack; give at least {least}")
         if not all(0 < multiple < float("inf") for multiple in curve):
             raise ValueError(f"curve={curve} must hold positive multiples of eps; 0 is there anyway")
-        self.eps, self.norm, self.steps, self.restarts = eps, norm, steps, restarts
-        self.bounds, self.mean, self.std, self.mutable = bounds, mean, std, mutable
+        self.eps, self.norm, self.attack, self.steps, self.restarts = eps, norm, attack, steps, restarts
+        self.bounds, self.mean, self.std, self.mutable, self.immutable = bounds, mean, std, mutable, immutable
+        self.unit, self.per, self.one_hot, self.switches, self.integer = unit, per, one_hot, switches, integer
+        self.increasing, self.decreasing = increasing, decreasing
         self.examples, self.curve, self.seed = examples, tuple(curve), seed
-        self._threats()  # refuses what describes no threat
+        self._threat()  # refuses what describes no threat
 
     def with_threat(self, threat: ThreatModel) -> "Robustness":
         """The same evaluation of this threat, unless ``eps`` was stated or that of the threat is 0."""
         if self.eps is not None or threat.eps == 0:
             return self
         other = copy(self)
-        for option in ("eps", "norm", "bounds", "mean", "std", "mutable"):
-            setattr(other, option, getattr(threat, option))
+        for option in fields(threat):
+            setattr(other, option.name, getattr(threat, option.name))
+        other._threat()
         return other
 
     def evaluate(self, subject: Subject) -> Evidence:
-        """Figures on the first examples of the loader, and a curve over the radius."""
-        if self.eps is None:
+        """Figures on the first examples of the loader, curves over radius and steps, bars, and example images."""
+        threat = self._threat()
+        if threat is None:
             reason = "eps is not stated, and no guard trains against a threat."
             return Evidence(notes=[f"Accuracy under attack was not measured: {reason}"])
         if subject.kind not in ("binary", "multiclass"):
             return Evidence(notes=[f"Accuracy under attack needs classes. {subject.problem}".strip()])
-        threats = self._threats()
-        tally = _Tally(left=[0] * len(threats))
         with subject.still():
-            for step in subject.batches():
-                x, y, wanted = step.inputs, column(step.target).long(), self.examples - tally.seen
-                if not isinstance(x, Tensor) or not x.is_floating_point():
-                    return Evidence(notes=["Accuracy under attack needs inputs that are one floating-point tensor."])
-                self._attack(subject, x[:wanted], y[:wanted], threats, tally)
-                if tally.seen == self.examples:
-                    break
-        return self._evidence(self.eps, threats, tally)
+            batches = self._batches(subject, threat)
+            if isinstance(batches, str):
+                return Evidence(notes=[batches])
+            siege = Siege(subject, batches, threat, self.attack, self.steps, self.restarts, self.curve, self.seed)
+            evidence = self._figures(siege) | self._curves(siege) | _bars(subject, siege)
+            evidence |= attacked_images(subject, siege)
+            evidence.tensors |= self._shared(siege)
+        return evidence
 
-    def _threats(self) -> list[ThreatModel]:
+    def _threat(self) -> ThreatModel | None:
         if self.eps is None:
-            return []
-        threat = ThreatModel(self.eps, self.norm, self.bounds, self.mean, self.std, self.mutable)
-        return [replace(threat, eps=multiple * self.eps) for multiple in sorted({1.0, *self.curve})]
+            return None
+        threat = ThreatModel(**{option.name: getattr(self, option.name) for option in fields(ThreatModel)})
+        if self.attack == "autoattack" and (reason := refusal(threat)):
+            raise ValueError(reason)
+        return threat
 
-    def _attack(self, subject: Subject, x: Tensor, y: Tensor, threats: Sequence[ThreatModel], tally: "_Tally") -> None:
-        threats[0].check(x)
-        right = predicted(subject.forward(x)) == y
-        tally.clean += int(right.sum())
-        if right.any():
-            tally.silent += int(without_gradient(subject, x[right], y[right], threats[0]).sum())
+    def _batches(self, subject: Subject, threat: ThreatModel) -> list[tuple[Tensor, Tensor]] | str:
+        """The first examples, or why they cannot be attacked."""
+        batches: list[tuple[Tensor, Tensor]] = []
+        for step in subject.batches():
+            wanted = self.examples - sum(len(x) for x, _ in batches)
+            if not isinstance(step.inputs, Tensor) or not step.inputs.is_floating_point():
+                return "Accuracy under attack needs inputs that are one floating-point tensor."
+            x, y = step.inputs[:wanted], column(step.target)[:wanted].long()
+            try:
+                threat.scale(x)
+                threat.check(x)
+            except ValueError as error:
+                return f"Accuracy under attack was not measured: {error}."
+            if len(x):
+                batches.append((x.clone(), y.clone()))  # what was made in inference mode cannot be differentiated
+            if wanted <= len(x):
+                break
+        return batches
 
-        def withstand(rows: Tensor, threat: ThreatModel) -> Tensor:
-            for attack, (steps, random) in enumerate(self._ascents()):
-                if len(rows):  # those that fell are not attacked again
-                    draws = stream(self.seed, tally.seen, attack, device=x.device) if random else None
-                    # Rows are copies: tensors that were made in inference mode cannot be differentiated.
-                    rows = rows[survives_ascent(subject, x[rows], y[rows], threat, steps, draws)]
-            return rows
-
-        middle = next(i for i, threat in enumerate(threats) if threat.eps == self.eps)
-        rows = right.nonzero()[:, 0]
-        strong = withstand(rows, threats[middle])
-        if len(strong):
-            draws = stream(self.seed, tally.seen, device=x.device)
-            steady = survives_noise(subject, x[strong], y[strong], threats[middle], draws)
-            tally.noise += int((~steady).sum())
-            strong = strong[steady]
-        tally.left[middle] += len(strong)
-        # Whoever stands at a radius stands at every smaller one, and whoever falls falls at every larger one:
-        # below eps only those that fell at eps are attacked, and above it only those that did not.
-        weak = rows[~torch.isin(rows, strong)]
-        for i, threat in enumerate(threats[:middle]):
-            weak = withstand(weak, threat)
-            tally.left[i] += len(weak) + len(strong)
-        for i, threat in enumerate(threats[middle + 1 :], middle + 1):
-            strong = withstand(strong, threat)
-            tally.left[i] += len(strong)
-        tally.seen += len(x)
-
-    def _ascents(self) -> list[tuple[int, bool]]:
-        """Steps, and whether from a random point. The first is short: most of what can fall falls at once."""
-        return [(min(3, self.steps), False), (self.steps, False), *[(self.steps, True)] * self.restarts]
-
-    def _evidence(self, eps: float, threats: Sequence[ThreatModel], tally: "_Tally") -> Evidence:
-        n, radii = tally.seen, [threat.eps for threat in threats]
-        left = tally.left[radii.index(eps)]
-        clean, robust = wilson(tally.clean, n), wilson(left, n)
-        starts = f"the input and {self.restarts} random point{'' if self.restarts == 1 else 's'}"
+    def _figures(self, siege: Siege) -> Evidence:
+        n, threat, signs = siege.signs.seen, siege.threat, siege.signs
+        standing = int(siege.standing().sum())
+        clean, robust = wilson(signs.clean, n), wilson(standing, n)
+        units = "" if threat.unit is None else " units"
+        parts = f"AutoAttack of {', '.join(siege.standard)}" if siege.standard else "AutoAttack"
+        names = [parts if name == "AutoAttack" else name for name in siege.names]
         about = (
-            f"Right under PGD ({self.norm}, eps {eps:.4g}, {self.steps} steps, from {starts}) at every point "
-            f"tried, on the first {n} test examples. An upper bound of robustness: PGD, not AutoAttack."
+            f"Right at every point of every attack ({', '.join(names)}; {threat.norm}, eps {threat.eps:.4g}"
+            f"{units}, PGD with {self.steps} steps), on the first {n} test examples. An upper bound of robustness"
+            f"{'.' if self.attack == 'autoattack' else '; the standard to report is AutoAttack.'}"
         )
+        doubts = signs.sentences()
         return Evidence(
             {
-                "robustness/accuracy": Figure(left / n, "Accuracy under attack", "fraction", "higher", about),
+                "robustness/accuracy": Figure(standing / n, "Accuracy under attack", "fraction", "higher", about),
                 "robustness/clean_accuracy": Figure(
-                    tally.clean / n, "Accuracy without attack", "fraction", "higher", "On the same examples."
+                    signs.clean / n, "Accuracy without attack", "fraction", "higher", "On the same examples."
                 ),
-            },
-            curves={
-                "robustness/accuracy": Curve(
-                    [0.0, *radii],
-                    [count / n for count in (tally.clean, *tally.left)],
-                    "Accuracy under attack",
-                    f"eps ({self.norm}, input units)",
-                    "Accuracy",
-                    about,
-                    y_unit="fraction",
-                )
             },
             notes=[
                 f"95% interval of accuracy under attack, from {n} examples: {spread(robust)}.",
-                *tally.doubts(radii),
+                *(f"Accuracy under attack is doubtful. {doubt}" for doubt in doubts),
             ],
             intervals={"robustness/accuracy": robust, "robustness/clean_accuracy": clean},
+            doubts={"robustness/accuracy": doubts} if doubts else {},
         )
 
-
-@dataclass
-class _Tally:
-    """Counts of examples.
-
-    Args:
-        seen: all of them.
-        clean: right without an attack.
-        silent: of these, without an input gradient.
-        noise: fooled by noise and by no gradient attack.
-        left: right under attack, by radius.
-    """
-
-    seen: int = 0
-    clean: int = 0
-    silent: int = 0
-    noise: int = 0
-    left: list[int] = field(default_factory=list)
-
-    def doubts(self, radii: Sequence[float]) -> list[str]:
-        """Why the attack may have missed what is there."""
-        doubts = []
-        if self.silent > 0.1 * self.clean:
-            doubts.append(
-                f"The input gradient is zero for {self.silent} of {self.clean} examples (masked gradients): "
-                "the attack cannot see where to go, and accuracy under attack says little."
+    def _curves(self, siege: Siege) -> Evidence:
+        signs, threat = siege.signs, siege.threat
+        radii = sorted(siege.left)
+        left = [sum(int(mask.sum()) for mask in siege.left[radius]) for radius in radii]
+        unit = "input units" if threat.unit is None else "units of each column"
+        over_radii = Curve(
+            [0.0, *radii],
+            [count / signs.seen for count in (signs.clean, *left)],
+            "Accuracy under attack",
+            f"eps ({threat.norm}, {unit})",
+            "Accuracy",
+            f"All attacks at eps {threat.eps:.4g}, PGD at the other radii"
+            f"{', doubled until nothing is left.' if self.curve else '.'}",
+            y_unit="fraction",
+        )
+        curves = {"robustness/accuracy": over_radii}
+        if tried := signs.steps.get(0, 0):
+            curves["robustness/steps"] = Curve(
+                [float(steps) for steps in signs.steps],
+                [count / tried for count in signs.steps.values()],
+                "Accuracy by effort",
+                "gradient steps",
+                "Accuracy",
+                f"PGD from the input, each number of steps by itself, on {tried} examples that are right without "
+                "attack. It should fall and then stay.",
+                y_unit="fraction",
             )
-        if len(radii) > 1 and self.left[0] == self.left[-1] > 0:
-            doubts.append(
-                f"Accuracy does not fall between eps {radii[0]:.4g} and {radii[-1]:.4g}: either these are "
-                "too small to matter, or gradients mislead the attack."
+        return Evidence(curves=curves)
+
+    def _shared(self, siege: Siege) -> dict[str, Tensor]:
+        """Inputs moved to where this model errs most, for other models to be judged by (transfer)."""
+        found: list[tuple[Tensor, ...]] = []
+        for chunk in siege.chunks:
+            x, y = chunk.x, chunk.y
+            if not found or x.shape[1:] == found[0][0].shape[1:]:
+
+                def losses(moved: Tensor, y: Tensor = y) -> Tensor:
+                    moved.register_hook(torch.nan_to_num)
+                    return log_odds((siege.through or siege.victim)(moved), y)
+
+                moved = pgd(losses, x, siege.threat, self.steps, random_start=False)
+                found.append((moved, y, chunk.standing, predicted(siege.victim(moved))))
+        names = ("robustness/moved", "robustness/target", "robustness/standing", "robustness/predicted")
+        return {
+            name: torch.cat(parts)[:_MOST_SHARED].cpu()
+            for name, parts in zip(names, zip(*found, strict=True), strict=True)
+        }
+
+
+def _bars(subject: Subject, siege: Siege) -> Evidence:
+    """Accuracy under attack of each class and of each group, and the worst class."""
+    evidence, standing = Evidence(), siege.standing().cpu()
+    y = torch.cat([chunk.y for chunk in siege.chunks]).cpu()
+    group = subject.outputs.group
+    worst = None
+    for key, of, which, name in (
+        ("class", y, "classes", subject.class_name),
+        ("group", None if group is None else group[: len(y)], "groups", subject.group_name),
+    ):
+        if of is None or len(of) < len(y):
+            continue
+        shares = _shares(standing, of, name)
+        kept = dict(sorted(shares.items(), key=lambda item: item[1])[:_MOST_BARS])
+        if len(shares) > len(kept):
+            evidence.notes.append(f"Accuracy under attack is shown for the {len(kept)} worst of {len(shares)} {which}.")
+        kept = {label: share for label, share in shares.items() if label in kept}
+        if kept:
+            evidence.bars[f"robustness/by_{key}"] = Bars(
+                list(kept),
+                list(kept.values()),
+                f"Accuracy under attack by {key}",
+                "Accuracy under attack",
+                f"At eps {siege.threat.eps:.4g}, of the test examples of each {key}.",
+                y_unit="fraction",
             )
-        if self.noise > 0.005 * self.seen:
-            doubts.append(
-                f"Random noise fools {self.noise} of {self.seen} examples that the gradient attack did not: "
-                "gradients mislead it, and stronger attacks will find more."
-            )
-        return doubts
+        if key == "class" and shares:
+            worst = min(shares.values())
+    evidence.figures["robustness/worst_class"] = Figure(
+        worst, "Accuracy under attack, worst class", "fraction", "higher", "The class that attacks hurt most."
+    )
+    return evidence
+
+
+def _shares(standing: Tensor, of: Tensor, name: Callable[[int], str]) -> dict[str, float]:
+    return {name(int(k)): float(standing[of == k].double().mean()) for k in of.unique() if k >= 0}

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,14 +13,19 @@ from lightning_guard.report.runs import Arm, sha256, versions
 
 _LIMITS = (
     "Every figure is of this data, these networks and these seeds; another data set may order the arms differently.",
-    "Accuracy under PGD is an upper bound: a stronger attack can only lower it. The standard is AutoAttack.",
+    "Accuracy under attack is an upper bound: a stronger attack can only lower it. The standard is AutoAttack.",
     "Group gaps are of the test set's groups; groups that nobody recorded are not seen.",
     "Publishing a guarded and its unguarded model together can leak more about training data than either alone.",
 )
 
 
 def assembled(
-    arms: Sequence[Arm], seeds: Sequence[int], results: Sequence[dict[str, Any]], title: str, command: str | None
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    results: Sequence[dict[str, Any]],
+    title: str,
+    command: str | None,
+    matrices: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     def described(kind: str, values: tuple[str, ...]) -> dict[str, Any]:
         merged = {key: item for result in reversed(results) for key, item in result[kind].items()}
@@ -29,6 +34,17 @@ def assembled(
             for key, item in merged.items()
         }
 
+    categories: dict[str, list[str]] = {}  # of all arms: one may have layers, classes or groups that another has not
+    for result in results:
+        for key, item in result["bars"].items():
+            known = categories.setdefault(key, [])
+            known += [category for category in item["categories"] if category not in known]
+
+    def heights(key: str, item: Mapping[str, Any]) -> list[float | None]:
+        own = dict(zip(item["categories"], item["values"], strict=True))
+        return [own.get(category) for category in categories[key]]
+
+    bars = described("bars", ("values", "categories"))
     guards = {result["arm"]: result["guards"] for result in results}
     data: dict[str, Any] = next((result["data"] for result in results), {"name": ""})
     return {
@@ -61,16 +77,19 @@ def assembled(
         ],
         "figures": described("figures", ("value",)),
         "curves": described("curves", ("x", "y")),
-        "bars": described("bars", ("values",)),
+        "bars": {key: {**item, "categories": categories[key]} for key, item in bars.items()},
+        "matrices": dict(matrices or {}),
         "runs": [
             {
                 "arm": result["arm"],
                 "seed": result["seed"],
                 "values": {key: item["value"] for key, item in result["figures"].items()},
                 "curves": {key: {"x": item["x"], "y": item["y"]} for key, item in result["curves"].items()},
-                "bars": {key: item["values"] for key, item in result["bars"].items()},
+                "bars": {key: heights(key, item) for key, item in result["bars"].items()},
                 "intervals": result["intervals"],
                 "notes": result["notes"],
+                "doubts": result["doubts"],
+                "pictures": result["pictures"],
                 "initial_weights_sha256": result["initial_weights_sha256"],
                 "data_order_sha256": result["data_order_sha256"],
             }

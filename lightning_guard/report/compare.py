@@ -19,6 +19,7 @@ from lightning_guard.guard import Guard, guards_of
 from lightning_guard.report import load_report, write_report
 from lightning_guard.report.assembly import assembled
 from lightning_guard.report.runs import Arm, ArmRun, Parts, describe, plain_text, sources_of
+from lightning_guard.report.transfer import transferred
 
 
 def compare(
@@ -133,7 +134,7 @@ def compare_arms(
         run.unclaim()
     _all(runs, workers, argv)
     finished = [result for run in runs if (result := run.result()) is not None]
-    return write_report(assembled(arms, seeds, finished, title, command), place)
+    return write_report(assembled(arms, seeds, finished, title, command, transferred(runs)), place)
 
 
 def _all(runs: Sequence[ArmRun], workers: int, argv: Sequence[str] | None) -> None:
@@ -209,9 +210,13 @@ class _Epochs(pl.Callback):
 def _evaluators(stated: Sequence[Evaluator] | None, guards: Sequence[Guard]) -> list[Evaluator]:
     """The stated evaluators or all; robustness without an ``eps`` takes the threat that an arm trains against."""
     judges = list(stated) if stated is not None else [make() for make in EVALUATORS.values()]
-    threats = [getattr(guard, "threat", None) for guard in guards]
-    threat = next((threat for threat in threats if threat is not None and threat.eps), None)
-    return [judge.with_threat(threat) if threat and hasattr(judge, "with_threat") else judge for judge in judges]
+    for what, size in (("threat", "eps"), ("noise", "sigma")):
+        trained = [getattr(guard, what, None) for guard in guards]
+        first = next((found for found in trained if getattr(found, size, None)), None)
+        take = f"with_{what}"
+        if first is not None:
+            judges = [getattr(judge, take)(first) if hasattr(judge, take) else judge for judge in judges]
+    return judges
 
 
 def _headline(result: Mapping[str, Any]) -> str:

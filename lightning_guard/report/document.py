@@ -55,7 +55,7 @@ def prepare(results: Mapping[str, Any]) -> dict[str, Any]:
     | an infinite value of a run               | null, and a note in that run: JSON has no infinity    |
     | NaN or infinity among a guard's options  | "nan", "inf"                                          |
     | control and direction characters         | a space, or nothing                                   |
-    | absent intervals, curves, bars, notes    | empty                                                 |
+    | absent intervals, curves, bars, notes, doubts, pictures, matrices | empty                        |
     | figures without ``order``                | numbered as given, because report.json sorts its keys |
 
     Raises:
@@ -143,11 +143,18 @@ def _plain(value: Any, spell: bool = False) -> Any:
 
 def _complete(document: dict[str, Any], results: Mapping[str, Any]) -> None:
     document.setdefault("limits", [])
-    for kind in ("figures", "curves", "bars"):
+    for kind in ("figures", "curves", "bars", "matrices"):
         for position, figure in enumerate(document.setdefault(kind, {}).values()):
             figure.setdefault("order", position)
     for run, given in zip(document["runs"], results["runs"], strict=True):
-        for key, empty in (("intervals", {}), ("curves", {}), ("bars", {}), ("notes", [])):
+        for key, empty in (
+            ("intervals", {}),
+            ("curves", {}),
+            ("bars", {}),
+            ("notes", []),
+            ("doubts", {}),
+            ("pictures", {}),
+        ):
             run.setdefault(key, empty)
         for figure, value in given["values"].items():
             value = _number(value)
@@ -177,7 +184,13 @@ def _dangling(document: Mapping[str, Any]) -> Iterator[str]:
         if (run["arm"], run["seed"]) in seen:
             yield f"{here}: a second run of arm {run['arm']!r} with seed {run['seed']}"
         seen.add((run["arm"], run["seed"]))
-        for kind, declared in (("values", "figures"), ("intervals", "figures"), ("curves", "curves"), ("bars", "bars")):
+        for kind, declared in (
+            ("values", "figures"),
+            ("intervals", "figures"),
+            ("doubts", "figures"),
+            ("curves", "curves"),
+            ("bars", "bars"),
+        ):
             yield from _unknown(f"{here}.{kind}", run[kind], document[declared], declared)
         for key, curve in run["curves"].items():
             if len(curve["x"]) != len(curve["y"]):
@@ -186,6 +199,12 @@ def _dangling(document: Mapping[str, Any]) -> Iterator[str]:
             wanted = len(document["bars"].get(key, {}).get("categories", heights))
             if len(heights) != wanted:
                 yield f"{here}.bars.{key}: {len(heights)} values for {wanted} categories"
+
+    for key, matrix in document["matrices"].items():
+        yield from _unknown(f"matrices.{key}.arms", matrix["arms"], names, "arms")
+        sizes = [len(matrix["values"]), *map(len, matrix["values"])]
+        if any(size != len(matrix["arms"]) for size in sizes):
+            yield f"matrices.{key}: {sizes[0]} rows of {sizes[1:]} values for {len(matrix['arms'])} arms"
 
 
 def _unknown(where: str, names: Any, declared: Any, place: str) -> Iterator[str]:

@@ -140,7 +140,9 @@ def curves(document: Mapping[str, Any], key: str) -> Picture | None:
         marks.titles(axes, elide(spec["x_label"], 48), elide(spec["y_label"], 60))
         marks.name_ends(axes, ends, looks)
         svg = drawing.to_svg(page, _name("curve", document["curves"], key), f"{spec['label']}. {'; '.join(said)}.")
-    return Picture(spec["label"], spec["about"], svg)
+    doubted = [arm for arm in lines if any(key in run["doubts"] for run in _runs(document, arm))]
+    about = spec["about"] + (f" Doubtful, see the notes: {', '.join(doubted)}." if doubted else "")
+    return Picture(spec["label"], about, svg)
 
 
 def trade_off(document: Mapping[str, Any], key: str, task: str) -> Picture | None:
@@ -217,11 +219,12 @@ def _panel(document: Mapping[str, Any], key: str, number: int) -> Picture:
 
 
 def _mean(lines: Sequence[Mapping[str, list[float | None]]]) -> dict[str, list[float | None]] | None:
-    """Returns the mean over seeds, or ``None`` where they were measured at different places."""
-    if any(line["x"] != lines[0]["x"] for line in lines):
+    """Returns the mean over seeds where all were measured, or ``None`` where these places are not the first of each."""
+    shared = lines[0]["x"][: min(len(line["x"]) for line in lines)]
+    if any(line["x"][: len(shared)] != shared for line in lines):
         return None
-    columns = list(zip(*(line["y"] for line in lines), strict=True))
-    return {"x": lines[0]["x"], "y": [None if None in column else sum(column) / len(column) for column in columns]}
+    columns = list(zip(*(line["y"][: len(shared)] for line in lines), strict=True))
+    return {"x": shared, "y": [None if None in column else sum(column) / len(column) for column in columns]}
 
 
 def _over(values: Sequence[float | None], step: float) -> list[float | None]:

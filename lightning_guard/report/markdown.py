@@ -30,6 +30,10 @@ def text(document: Mapping[str, Any]) -> str:
             lines += [f"## {plain(section.title)}", "", *_axis(section, document), ""]
             lines += [f"- {plain(row.label)}: {plain(row.about)}" for row in section.rows if row.about]
             lines.append("")
+        for matrix in view.matrices(document).get(section.axis, []):
+            rows = [(arm, *(text for text, _ in row)) for arm, row in zip(matrix.arms, matrix.cells, strict=True)]
+            lines += [f"**{plain(matrix.label)}.** {plain(matrix.about)}", ""]
+            lines += [*_table((f"{matrix.row_label} / {matrix.column_label}", *matrix.arms), rows), ""]
     lines += ["## Arms", ""]
     for arm in document["arms"]:
         lines.append(f"- **{plain(arm['name'])}**" + (" (baseline)" if arm["baseline"] else ""))
@@ -62,7 +66,12 @@ def _axis(section: view.Section, document: Mapping[str, Any]) -> list[str]:
     ]
     rows = []
     for row in section.rows:
-        cells = [cell.value + (f" ({cell.change}, {cell.word})" if cell.change else "") for cell in row.cells]
+        cells = [
+            cell.value
+            + (f" ({cell.change}, {cell.word})" if cell.change else "")
+            + f", {cell.doubt}" * bool(cell.doubt)
+            for cell in row.cells
+        ]
         rows.append((row.label + (f" ({row.direction})" if row.direction else ""), *cells))
     return _table(("Figure", *heads), rows)
 

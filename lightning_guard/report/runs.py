@@ -81,8 +81,7 @@ class ArmRun:
         reading: list[pl.Callback] = [Withholding()] if self.shares_group else []
         trainer, module, data = self.arm.build([witness, progress, *reading])
         guards = [guard for guard in guards_of(trainer, module) if not isinstance(guard, Withholding)]
-        stated = [guard.batch for guard in guards if guard.batch is not None]
-        batch = stated[0] if stated else getattr(module, "guard_batch", None) or Batch()
+        batch = batch_of(trainer, module)
         trainer.fit(module, datamodule=data)
         data.setup("test")
         loader = data.test_dataloader()
@@ -96,6 +95,8 @@ class ArmRun:
         told = Evidence(notes=[f"{guard.name}: {note}" for guard in guards for note in guard.notes()])
         evidence = reduce(or_, [*(judge.evaluate(subject) for judge in self.judges), _cost(witness, module), told])
         torch.save(module.state_dict(), self.folder / "weights.pt")
+        torch.save(evidence.tensors, self.folder / "tensors.pt")
+        evidence.tensors = {}
         result = {
             "fingerprint": self.fingerprint,
             "arm": self.arm.name,
@@ -110,6 +111,12 @@ class ArmRun:
         temporary.write_text(json.dumps(result, indent=1, default=str))  # unsorted: the first figure leads
         temporary.replace(self.folder / "result.json")  # whole or not at all
         self.unclaim()
+
+
+def batch_of(trainer: pl.Trainer, module: pl.LightningModule) -> Batch:
+    """How the batches of an arm are read."""
+    stated = [guard.batch for guard in guards_of(trainer, module) if guard.batch is not None]
+    return stated[0] if stated else getattr(module, "guard_batch", None) or Batch()
 
 
 def _card(guard: Guard) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning_guard.report.summary import baseline, caution, headlines
 from lightning_guard.report.units import change, count, factor, shown
+from lightning_guard.report.view import doubt
 
 
 class Finding(NamedTuple):
@@ -57,6 +58,8 @@ def _verdict(document: Mapping[str, Any], arm: Mapping[str, Any]) -> Verdict:
             )
             if word != "not measured" and _alike(base["mean"], entry["mean"], unit):
                 word = "same"  # a reader sees no difference, so none is counted as gained or paid
+            if doubt(document, key, name) and word not in ("same", "not measured"):
+                word = "doubtful"  # not gained before it is known to be there
             if entry["paired"]["n"] < seeds:
                 extra += f", {entry['paired']['n']} of {seeds} seeds"
             groups[word].append(
@@ -69,6 +72,7 @@ def _verdict(document: Mapping[str, Any], arm: Mapping[str, Any]) -> Verdict:
         ("worse", "Paid in every seed", "bad"),
         ("higher", "Higher in every seed", "plain"),
         ("lower", "Lower in every seed", "plain"),
+        ("doubtful", "Doubtful, see the notes", "bad"),
         ("seeds disagree", "Seeds disagree", "plain"),
         ("one seed", "Seen in one seed", "plain"),
         ("same", "Unchanged, as far as shown", "plain"),

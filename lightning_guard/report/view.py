@@ -34,6 +34,7 @@ class Cell(NamedTuple):
     span: str
     word: str
     tone: str
+    doubt: str
 
 
 class Row(NamedTuple):
@@ -58,7 +59,11 @@ def sections(document: Mapping[str, Any]) -> list[Section]:
     """Returns a table for every axis that has figures, bars or curves, in the order of display."""
     entries = _entries(document)
     groups = by_axis(
-        {f"{kind}:{key}": spec for kind in ("figures", "curves", "bars") for key, spec in document[kind].items()}
+        {
+            f"{kind}:{key}": spec
+            for kind in ("figures", "curves", "bars", "matrices")
+            for key, spec in document[kind].items()
+        }
     )
     result = []
     for axis, keys in groups.items():
@@ -66,7 +71,13 @@ def sections(document: Mapping[str, Any]) -> list[Section]:
         for key in (key.removeprefix("figures:") for key in keys if key.startswith("figures:")):
             figure = document["figures"][key]
             cells = [
-                _cell(entries[key, arm["name"]], figure, _seeds(document), _interval(document, key, arm["name"]))
+                _cell(
+                    entries[key, arm["name"]],
+                    figure,
+                    _seeds(document),
+                    _interval(document, key, arm["name"]),
+                    doubt(document, key, arm["name"]),
+                )
                 for arm in document["arms"]
             ]
             direction = f"{figure['better']} is better" if figure["better"] else ""
@@ -74,6 +85,57 @@ def sections(document: Mapping[str, Any]) -> list[Section]:
         title, question = TITLES.get(axis, (axis.replace("_", " ").capitalize(), ""))
         result.append(Section(axis, title, question, rows))
     return result
+
+
+class Drawn(NamedTuple):
+    """A picture that one arm made of itself."""
+
+    arm: str
+    label: str
+    about: str
+    png: str
+
+
+def drawn(document: Mapping[str, Any]) -> dict[str, list[Drawn]]:
+    """Returns the pictures of every axis, those of the first seed of each arm."""
+    found: dict[str, dict[tuple[str, str], Drawn]] = defaultdict(dict)
+    for arm in document["arms"]:
+        for run in sorted(document["runs"], key=lambda run: run["seed"]):
+            for key, picture in run["pictures"].items() if run["arm"] == arm["name"] else ():
+                own = Drawn(arm["name"], picture["label"], picture["about"], picture["png"])
+                found[key.partition("/")[0]].setdefault((key, arm["name"]), own)
+    return {axis: list(pictures.values()) for axis, pictures in found.items()}
+
+
+class Matrix(NamedTuple):
+    """What each arm does with what each arm made: text and shade from 0 to 1 of each cell, rows made it."""
+
+    label: str
+    about: str
+    row_label: str
+    column_label: str
+    arms: list[str]
+    cells: list[list[tuple[str, float]]]
+
+
+def matrices(document: Mapping[str, Any]) -> dict[str, list[Matrix]]:
+    """Returns the matrices of every axis."""
+    found: dict[str, list[Matrix]] = defaultdict(list)
+    for axis, keys in by_axis(document["matrices"]).items():
+        for key in keys:
+            spec = document["matrices"][key]
+            known = [value for row in spec["values"] for value in row if value is not None]
+            low, high = min(known, default=0.0), max(known, default=0.0)
+            cells = [
+                [
+                    (shown(value, spec["unit"]), 0.0 if value is None else (value - low) / ((high - low) or 1.0))
+                    for value in row
+                ]
+                for row in spec["values"]
+            ]
+            told = spec["label"], spec["about"], spec["row_label"], spec["column_label"]
+            found[axis].append(Matrix(*told, spec["arms"], cells))
+    return dict(found)
 
 
 def opening(document: Mapping[str, Any]) -> str:
@@ -194,14 +256,21 @@ def _alone(deviation: str, value: str) -> str:
     return deviation.removesuffix(f" {value.partition(' ')[2]}")
 
 
-def _cell(entry: Mapping[str, Any], figure: Mapping[str, Any], seeds: int, interval: str) -> Cell:
+def doubt(document: Mapping[str, Any], key: str, arm: str) -> str:
+    """Returns whether a figure of an arm is to be doubted, and in how many seeds; nothing if not."""
+    runs = [run for run in document["runs"] if run["arm"] == arm and key in run["values"]]
+    doubted = sum(key in run["doubts"] for run in runs)
+    return f"doubtful in {doubted} of {len(runs)} seeds" if 0 < doubted < len(runs) else "doubtful" * bool(doubted)
+
+
+def _cell(entry: Mapping[str, Any], figure: Mapping[str, Any], seeds: int, interval: str, doubt: str) -> Cell:
     unit, paired = figure["unit"], entry["paired"]
     value = shown(entry["mean"], unit)
     spread = f"\u00b1 {_alone(shown(entry['sd'], unit, like=entry['mean']), value)}" if entry["sd"] else ""
     if 0 < entry["n"] < seeds:
         spread = f"{spread}, " * bool(spread) + f"{entry['n']} of {seeds} seeds"
     if paired is None or not paired["n"]:
-        return Cell(entry["arm"], value, spread, interval, "", "", "", "")
+        return Cell(entry["arm"], value, spread, interval, "", "", "", "", doubt)
     difference, *ends = (change(paired[key], unit, like=entry["mean"]) for key in ("mean", "lowest", "highest"))
     return Cell(
         entry["arm"],
@@ -211,7 +280,8 @@ def _cell(entry: Mapping[str, Any], figure: Mapping[str, Any], seeds: int, inter
         difference,
         between(*ends),
         phrase(paired["word"], paired["n"], seeds),
-        _TONES.get(paired["word"], "plain"),
+        "plain" if doubt else _TONES.get(paired["word"], "plain"),
+        doubt,
     )
 
 
