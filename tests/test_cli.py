@@ -587,7 +587,13 @@ def test_arms_are_the_shared_configuration_and_their_recipes(compared, capsys):
     assert [compared[key] for key in ("seeds", "folder", "title", "workers")] == [range(2), "here", "T", 1]
     assert compared["worker"] is False
     assert compared["command"].startswith("lightning-guard compare --model tests.toys.PlainNet")
-    assert [judge.name for judge in compared["evaluators"]] == ["task", "robustness", "fairness", "efficiency"]
+    assert [judge.name for judge in compared["evaluators"]] == [
+        "task",
+        "robustness",
+        "certificate",
+        "fairness",
+        "efficiency",
+    ]
     assert compared["evaluators"][1].eps == 0.1
     none, both, small = compared["arms"].values()
     assert list(none.recipes) == []

@@ -19,7 +19,9 @@ from lightning_guard.evaluation.robustness import Robustness
 from lightning_guard.evaluation.subject import Subject
 from lightning_guard.evaluation.task import Task
 
-EVALUATORS: dict[str, type[Evaluator]] = {cls.name: cls for cls in (Task, Robustness, Fairness, Efficiency)}
+EVALUATORS: dict[str, type[Evaluator]] = {
+    cls.name: cls for cls in (Task, Robustness, Certificate, Fairness, Efficiency)
+}
 """Every evaluator by its axis, in the order of display."""
 
 __all__ = [

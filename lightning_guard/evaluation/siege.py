@@ -20,7 +20,7 @@ from lightning_guard.evaluation.survival import (
     without_gradient,
 )
 from lightning_guard.functional import ThreatModel, example_losses, stream
-from lightning_guard.functional.attacks import apgd, fab, search, square
+from lightning_guard.functional.attacks import apgd_pair, fab, search, square
 
 Tier = Literal["pgd", "apgd", "autoattack"]
 Attack = Callable[[Victim, Tensor, Tensor, ThreatModel, torch.Generator], Survival]
@@ -206,8 +206,7 @@ class Siege:
         """What is tried at the radius of the threat."""
         yield from self._quick()
         if self.tier == "apgd":
-            yield "APGD-CE", _climbs("ce")
-            yield "APGD-T", _climbs("targeted")
+            yield "APGD-CE and APGD-T", _climbs
             if not self.threat.discrete and self.threat.per == "example":
                 yield "FAB", _nears
             yield "Square", _queries(QUERIES)
@@ -338,12 +337,8 @@ class Siege:
         return sum(int(getattr(chunk, what).sum()) for chunk in self.chunks)
 
 
-def _climbs(objective: Literal["ce", "targeted"]) -> Attack:
-    def attack(victim: Victim, x: Tensor, y: Tensor, threat: ThreatModel, draws: torch.Generator) -> Survival:
-        moved = apgd(victim, x, y, threat, steps=100, objective=objective, generator=draws)
-        return survives_points(victim, moved, x, y, threat)
-
-    return attack
+def _climbs(victim: Victim, x: Tensor, y: Tensor, threat: ThreatModel, draws: torch.Generator) -> Survival:
+    return survives_points(victim, apgd_pair(victim, x, y, threat, generator=draws), x, y, threat)
 
 
 def _queries(queries: int) -> Attack:

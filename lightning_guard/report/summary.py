@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-AXES = ("task", "robustness", "fairness", "efficiency", "cost")
+AXES = ("task", "robustness", "certificate", "fairness", "efficiency", "cost")
 
 # Recorded hash, what is wrong when it differs, what is unknown when it is absent.
 _SHARED = (

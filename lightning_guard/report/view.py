@@ -13,6 +13,7 @@ from lightning_guard.report.units import change, count, shown
 TITLES = {
     "task": ("Task", "Does the model still do its job?"),
     "robustness": ("Robustness", "What is left when somebody tampers with the inputs?"),
+    "certificate": ("Certificate", "Of how many inputs is it proven that small changes do not matter?"),
     "fairness": ("Fairness", "Are the groups treated alike?"),
     "efficiency": ("Efficiency", "What does the finished model weigh, and how fast is it?"),
     "cost": ("Cost", "What did the training itself cost?"),

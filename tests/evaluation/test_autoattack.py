@@ -202,7 +202,11 @@ def test_the_evaluator_runs_it_and_says_what_ran(attack, monkeypatch):
     subject = Subject(net, [(x, net(x).argmax(1))])
     evidence = Robustness(0.05, attack=attack, bounds=(0.0, 1.0), curve=()).evaluate(subject)
     about = evidence.figures["robustness/accuracy"].about
-    said = {"pgd": "(PGD, ", "apgd": "PGD, APGD-CE, APGD-T, FAB, Square", "autoattack": "AutoAttack of APGD-CE, APGD-T"}
+    said = {
+        "pgd": "(PGD, ",
+        "apgd": "PGD, APGD-CE and APGD-T, FAB, Square",
+        "autoattack": "AutoAttack of APGD-CE, APGD-T",
+    }
     assert said[attack] in about
     assert ("the standard to report" in about) is (attack != "autoattack")
     gap = net.weight[None] - net.weight[subject.outputs.target][:, None]

@@ -12,12 +12,13 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lightning_guard.evaluation import EVALUATORS, Efficiency, Fairness, Robustness, Subject, Task
+from lightning_guard.evaluation import EVALUATORS, Certificate, Efficiency, Fairness, Robustness, Subject, Task
 from tests import toys
 
 JUDGES = {
     "task": Task,
     "robustness": lambda: Robustness(eps=0.05, steps=3, examples=40, bounds=(0.0, 1.0)),
+    "certificate": lambda: Certificate(sigma=0.1, samples=20, selection=5, examples=8),
     "fairness": lambda: Fairness(replicates=50),
     "efficiency": lambda: Efficiency(latency=False),
 }
@@ -184,7 +185,7 @@ def test_it_is_made_from_a_file(name):
 
 
 def test_there_is_one_an_axis():
-    assert list(EVALUATORS) == ["task", "robustness", "fairness", "efficiency"] == list(JUDGES)
+    assert list(EVALUATORS) == ["task", "robustness", "certificate", "fairness", "efficiency"] == list(JUDGES)
 
 
 def test_together_they_read_the_model_once():
