@@ -58,7 +58,7 @@ class FairnessRegularization(Guard):
     phase: ClassVar[Phase] = Phase.LOSS
     traits: frozenset[Trait] | None = frozenset({Trait.COUPLES_EXAMPLES, Trait.REMEMBERS_DATA})
     needs_group: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = True
+    needs_logits: bool = True
 
     def __init__(
         self,

@@ -219,6 +219,23 @@ class Step:
                     )
             self.run._probed = True
 
+    @contextmanager
+    def training_pass(self, seed: int) -> Iterator[None]:
+        """For one more pass that is trained on, with random numbers of its own.
+
+        Layers are in the mode of the step, so BatchNorm counts the pass and Dropout draws by ``seed``. As in
+        :meth:`probe` nothing is logged, no metric counts, other guards are paused, and the global random generators
+        are put back.
+        """
+        with ExitStack() as undo:
+            undo.enter_context(still(self.module, self.run._metrics, training=True))
+            for guard in self.run.guards:
+                undo.enter_context(guard.paused())
+            was, self.probing = self.probing, True
+            undo.callback(setattr, self, "probing", was)
+            torch.manual_seed(seed)
+            yield
+
 
 class Guard(pl.Callback):
     """A safeguard: a Lightning callback that changes a run at its own place. Override the transforms it needs.
@@ -251,7 +268,7 @@ class Guard(pl.Callback):
     phase: ClassVar[Phase] = Phase.LOSS
     traits: frozenset[Trait] | None = None
     needs_group: ClassVar[bool] = False
-    needs_logits: ClassVar[bool] = False
+    needs_logits: bool = False
     batch: Batch | None = None
     _pipeline: Any = None  # held by one guard of a run, for all of them
 
@@ -333,10 +350,9 @@ class Guard(pl.Callback):
         names = signature(type(self).__init__).parameters
         return {name: getattr(self, name) for name in names if name != "self" and hasattr(self, name)}
 
-    @classmethod
-    def overrides(cls, transform: str) -> bool:
-        """Whether this guard has a transform of its own."""
-        return getattr(cls, transform) is not getattr(Guard, transform)
+    def overrides(self, transform: str) -> bool:
+        """Whether this guard acts at this place; a guard whose options decide it may say so, the same at all times."""
+        return getattr(type(self), transform) is not getattr(Guard, transform)
 
     # Lightning's side; the pipeline does the work ----------------------------------------------------------------
 

@@ -250,6 +250,7 @@ def test_binary_with_one_logit():
         ({"norm": "l7"}, "norm='l7'"),
         ({"method": "magic"}, "method='magic'"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": 0, "method": "fgsm"}, "steps=0"),
         ({"step_size": 0.0}, "step_size=0"),
         ({"warmup": 1.5}, "warmup=1.5"),
         ({"bounds": (1.0, 0.0)}, "bounds="),
@@ -964,6 +965,64 @@ def test_manual_optimisation_with_the_new_objectives():
         fit([on(awp=0.1)], Manual)
 
 
+class OnlyStep(GuardMixin, ManualNet):
+    """Optimises by hand on the batch of the guards, and keeps the loss to itself."""
+
+    def training_step(self, batch, batch_idx):
+        step = self.guard_step(batch)
+        self.optimizers().zero_grad()
+        self.manual_backward(F.cross_entropy(self(step.inputs), step.target))
+        self.optimizers().step()
+
+
+def test_manual_optimisation_needs_guard_loss_only_where_the_loss_changes():
+    assert same(fit([on()], OnlyStep, max_epochs=1), fit([on()], max_epochs=1))
+    for objective in ("trades", "mart", "mixed"):
+        with pytest.raises(GuardConflict, match=r"never called self\.guard_loss, so adversarial_training"):
+            fit([on(objective=objective)], OnlyStep)
+
+
+@pytest.mark.parametrize(
+    ("guard", "places"),
+    [
+        (on(), {"on_batch"}),
+        (on(method="fgsm"), {"on_batch"}),
+        (on(objective="trades"), {"on_batch", "on_loss"}),
+        (on(awp=0.01), {"on_batch", "during", "on_gradients", "on_checkpoint"}),
+        (on(method="free"), {"on_loader", "on_batch", "on_gradients"}),
+        (AdversarialTraining(0.5, embedding="words"), {"on_batch", "during"}),
+        (AdversarialTraining(0.5, embedding="words", objective="trades"), {"on_batch", "on_loss"}),
+        (on(eps=0.0, awp=0.01, objective="mart"), set()),
+    ],
+)
+def test_the_guard_acts_where_its_options_need_it(guard, places):
+    batch, weights = ("on_loader", "on_batch", "during", "on_loss"), ("on_gradients", "on_weights", "on_checkpoint")
+    assert {place for place in ("rewrite", *batch, *weights) if guard.overrides(place)} == places
+
+
+@pytest.mark.parametrize("options", [{}, {"awp": 0.01}, {"eps": 0.0}])
+def test_what_a_subclass_adds_acts(options):
+    class Doubled(AdversarialTraining):
+        def on_loader(self, loader):
+            return super().on_loader(loader)
+
+        def on_loss(self, step):
+            return 2 * super().on_loss(step)
+
+    class Seeing(PlainNet):
+        def on_before_backward(self, loss):
+            self.ratio = loss.item() / self.own
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.own = (loss["loss"] if isinstance(loss, dict) else loss).item()
+            return loss
+
+    net = fit([Doubled(**{"eps": EPS, "steps": STEPS, **options})], Seeing, max_epochs=1)
+    assert net.ratio == pytest.approx(2)
+    assert net.fitted.num_training_batches == 4
+
+
 # Catastrophic overfitting ------------------------------------------------------------------------------------------
 
 
@@ -989,7 +1048,7 @@ def second_check_fails(monkeypatch):
         self.single += 1  # part of the guard's state
         return self.single == 2
 
-    monkeypatch.setattr("lightning_guard.callbacks.adversarial_training.Collapse.sees", sees)
+    monkeypatch.setattr("lightning_guard.functional.collapse.Collapse.sees", sees)
 
 
 @pytest.mark.usefixtures("second_check_fails")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_guard.data import AdultData, FashionMNISTData
-from lightning_guard.models import MLP, SmallCNN, SmallTransformer
+from lightning_guard.models import MLP, SmallCNN, SmallTransformer, StridedCNN
 from lightning_guard.models.base import Classifier
 from lightning_guard.models.mlp import hats
 
-IMAGES = {"cnn": SmallCNN, "transformer": SmallTransformer}
+IMAGES = {"cnn": SmallCNN, "strided": StridedCNN, "transformer": SmallTransformer}
 
 
 def trainer(**options: Any) -> pl.Trainer:
@@ -26,30 +26,33 @@ def make(name: str, **options: Any) -> Classifier:
     return MLP(784, hidden=[32], **options) if name == "mlp" else IMAGES[name](**options)
 
 
-@pytest.mark.parametrize("name", ["cnn", "transformer", "mlp"])
+@pytest.mark.parametrize("name", ["cnn", "strided", "transformer", "mlp"])
 @pytest.mark.parametrize(("num_classes", "shape"), [(2, (3,)), (10, (3, 10))])
 def test_logits(name: str, num_classes: int, shape: tuple[int, ...]) -> None:
     assert make(name, num_classes=num_classes)(torch.rand(3, 1, 28, 28)).shape == shape
 
 
-@pytest.mark.parametrize(("model", "parameters"), [(SmallCNN, 111_274), (SmallTransformer, 114_570)])
+@pytest.mark.parametrize(
+    ("model", "parameters"), [(SmallCNN, 111_274), (SmallTransformer, 114_570), (StridedCNN, 839_018)]
+)
 def test_sizes_are_as_documented(model: type[Classifier], parameters: int) -> None:
     assert sum(p.numel() for p in model().parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", ["cnn", "transformer", "mlp"])
+@pytest.mark.parametrize("name", ["cnn", "strided", "transformer", "mlp"])
 def test_examples_do_not_see_each_other(name: str) -> None:
     model, x = make(name, num_classes=10).train(), torch.rand(4, 1, 28, 28)
     torch.testing.assert_close(model(x)[:1], model(x[:1]))
 
 
-@pytest.mark.parametrize(("image_size", "in_channels"), [(32, 3), (29, 1)])
-def test_cnn_takes_other_images(image_size: int, in_channels: int) -> None:
-    model = SmallCNN(image_size=image_size, in_channels=in_channels, width=8)
+@pytest.mark.parametrize("make_cnn", [SmallCNN, StridedCNN])
+@pytest.mark.parametrize(("image_size", "in_channels"), [(32, 3), (29, 1), (31, 1), (4, 1)])
+def test_cnn_takes_other_images(make_cnn: type[Any], image_size: int, in_channels: int) -> None:
+    model = make_cnn(image_size=image_size, in_channels=in_channels, width=8)
     assert model(torch.rand(2, in_channels, image_size, image_size)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("model", [SmallCNN, SmallTransformer])
+@pytest.mark.parametrize("model", [SmallCNN, SmallTransformer, StridedCNN])
 def test_images_are_learnt(model: type[Classifier]) -> None:
     pl.seed_everything(0)
     data, net = FashionMNISTData(), model()
@@ -96,9 +99,10 @@ def test_accuracy_counts_logits_by_their_sign() -> None:
     [
         SmallCNN(width=8, dropout=0.1),
         SmallTransformer(dim=16, heads=2),
+        StridedCNN(width=4, hidden=8, dropout=0.1),
         MLP(784, hidden=[16], num_classes=10, optimizer="sgd", knots=3, spread=(400, 401)),
     ],
-    ids=["cnn", "transformer", "mlp"],
+    ids=["cnn", "transformer", "strided", "mlp"],
 )
 def test_checkpoints_come_back_without_pickles(net: Classifier, tmp_path: Path) -> None:
     run = trainer(max_steps=2, limit_val_batches=0, default_root_dir=tmp_path, enable_checkpointing=True)
@@ -177,6 +181,7 @@ def test_rows_with_knots_do_not_see_each_other() -> None:
     [
         (lambda: SmallCNN(width=12), "width=12 must be a positive multiple of 8"),
         (lambda: SmallCNN(image_size=3), "image_size=3 must be at least 4"),
+        (lambda: StridedCNN(image_size=3), "image_size=3 must be at least 4"),
         (lambda: SmallCNN(num_classes=1), "num_classes=1 must be at least 2"),
         (lambda: SmallCNN(schedule="linear"), "schedule='linear' must be one of"),  # type: ignore[arg-type]
         (lambda: MLP(4, optimizer="adam"), "optimizer='adam' must be one of"),  # type: ignore[arg-type]
