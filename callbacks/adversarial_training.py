@@ -167,7 +167,7 @@ class AdversarialTraining(Guard):
         wrong = next(self._wrong_options(), None)
         if wrong is not None:
             raise ValueError(wrong)
-        self.needs_logits = objective in ("trades", "mart") and not self._off
+        self.needs_logits = objective in ("trades", "mart") and not self.off
 
     def _start(self, state: Mapping[str, Any]) -> None:
         self._seed = state.get("seed", self.seed or 0)
@@ -206,7 +206,7 @@ class AdversarialTraining(Guard):
             )
 
     @property
-    def _off(self) -> bool:
+    def off(self) -> bool:
         return self.threat.eps == 0 and not (self.threat.one_hot and self.threat.switches)
 
     @property
@@ -233,13 +233,13 @@ class AdversarialTraining(Guard):
             "on_gradients": self.awp > 0 or self.method == "free",
             "on_checkpoint": self.awp > 0,
         }
-        return super().overrides(transform) and not self._off and needed.get(transform, True)
+        return super().overrides(transform) and not self.off and needed.get(transform, True)
 
     def options(self) -> dict[str, Any]:
         return {**asdict(self.threat), **super().options()}
 
     def problems(self, run: Run) -> Iterable[str]:
-        if self._off:
+        if self.off:
             return
         trainer, eps = run.trainer, self.threat.eps
         if isinstance(self.warmup, float) and self.warmup and run.endless:
@@ -285,7 +285,7 @@ class AdversarialTraining(Guard):
         self._start(state)
         self._watch.restore(state, run.module)
         run.undo.callback(self._away.back)
-        if self.embedding is not None and not self._off:
+        if self.embedding is not None and not self.off:
             try:
                 run.module.get_submodule(self.embedding)
             except AttributeError:
@@ -297,13 +297,13 @@ class AdversarialTraining(Guard):
     # The inner maximum --------------------------------------------------------------------------------------------
 
     def on_loader(self, loader: Any) -> Any:
-        if self._off or self.method != "free":
+        if self.off or self.method != "free":
             return loader
         with explained(f"{self.name}: method='free'"):
             return replayed(loader, self.steps)
 
     def on_batch(self, step: Step) -> Any:
-        if self._off:
+        if self.off:
             return step.batch
         self._away.back()  # the last step may have ended without a backward pass
         self._reached = self._reach(step.run)
@@ -437,7 +437,7 @@ class AdversarialTraining(Guard):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         room = self.validate - self._validated
-        if self._off or trainer.sanity_checking or dataloader_idx or room <= 0:
+        if self.off or trainer.sanity_checking or dataloader_idx or room <= 0:
             return
         step = outside(trainer, pl_module, batch)
         x, y = step.inputs[:room], step.target[:room]

@@ -148,7 +148,7 @@ class DPSGD(Guard):
                 raise ValueError(f"{option}={getattr(self, option)} must be positive")
         if views > 1 and users is not None:
             raise ValueError(f"views={views} and users together are not built; augment within the rows of a person")
-        if self._off:
+        if self.off:
             self.traits = frozenset()
         self._reset()
 
@@ -162,7 +162,7 @@ class DPSGD(Guard):
         self._found: Findings | None = None
 
     @property
-    def _off(self) -> bool:
+    def off(self) -> bool:
         return self.target_epsilon == math.inf
 
     @property
@@ -173,7 +173,7 @@ class DPSGD(Guard):
     # Before training ----------------------------------------------------------------------------------------------
 
     def problems(self, run: Run) -> Iterable[str]:
-        if self._off:
+        if self.off:
             return
         trainer, module = run.trainer, run.module
         if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
@@ -200,7 +200,7 @@ class DPSGD(Guard):
             yield "training has no end, so the noise cannot be planned; set max_epochs or max_steps on the Trainer"
 
     def rewrite(self, module: pl.LightningModule) -> None:
-        if self.replace_batch_norm and not self._off:
+        if self.replace_batch_norm and not self.off:
             group_norms(module)
 
     def prepare(self, run: Run) -> None:
@@ -208,7 +208,7 @@ class DPSGD(Guard):
         self._run, self._accumulated = run, run.trainer.accumulate_grad_batches
 
     def on_loader(self, loader: Any) -> Any:
-        if self._off:
+        if self.off:
             return loader
         with _refused(self.name):
             return self._drawing(loader)
@@ -265,7 +265,7 @@ class DPSGD(Guard):
         )  # fmt: skip
 
     def begin(self, run: Run) -> None:
-        if self._off:
+        if self.off:
             return
         trainer, module = run.trainer, run.module
         own = {id(p) for p in module.parameters()}
@@ -301,7 +301,7 @@ class DPSGD(Guard):
                 run.undo.callback(optimizer.register_step_post_hook(self._corrected).remove)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._off:
+        if self.off:
             if self._restored is not None:
                 raise GuardConflict(
                     f"{self.name}: target_epsilon=inf would go on without privacy where a private training stopped; "
@@ -331,7 +331,7 @@ class DPSGD(Guard):
 
     @contextmanager
     def during(self, step: Step) -> Iterator[None]:
-        if self._off or step.rehearsal:
+        if self.off or step.rehearsal:
             yield
             return
         automatic = step.module.automatic_optimization
@@ -417,7 +417,7 @@ class DPSGD(Guard):
         found.check(self.loss_reduction)
 
     def on_gradients(self, module: pl.LightningModule) -> None:
-        if self._off:
+        if self.off:
             return
         private, deal, ledger, automatic = self._mechanism, self._deal, self._ledger, module.automatic_optimization
         assert deal is not None
@@ -438,7 +438,7 @@ class DPSGD(Guard):
     # What must not change -------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        if not self._off:
+        if not self.off:
             self._check_gradients(optimizer)
 
     def _taken(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -470,14 +470,14 @@ class DPSGD(Guard):
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._off:
+        if not self.off:
             self._refuse(self._unchanged.kept())
 
     on_train_end = on_train_epoch_end
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        with nullcontext() if self._off else self._mechanism.book.paused():
+        with nullcontext() if self.off else self._mechanism.book.paused():
             yield
 
     # What is said about it ------------------------------------------------------------------------------------------
@@ -517,7 +517,7 @@ class DPSGD(Guard):
             yield f"that {self._mechanism.dropped} gradients were not finite and were left out"
 
     def notes(self) -> list[str]:
-        if self._off or self._ledger is None:
+        if self.off or self._ledger is None:
             return []
         ledger = self._ledger
         notes = [f"{ledger.steps} noisy steps spent epsilon = {ledger.spent:.3g} at delta = {self.delta:g}."]

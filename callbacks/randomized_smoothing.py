@@ -61,13 +61,17 @@ class RandomizedSmoothing(Guard):
         self._restored: int | None = None
         self._checked = False
 
+    @property
+    def off(self) -> bool:
+        return self.sigma == 0
+
     def begin(self, run: Run) -> None:
         own = torch.initial_seed() if self.seed is None else self.seed
         self._seed, self._restored = own if self._restored is None else self._restored, None
         self._checked = False
 
     def on_batch(self, step: Step) -> Any:
-        if self.sigma == 0:
+        if self.off:
             return step.batch
         x = step.inputs
         if not self._checked:
@@ -76,7 +80,7 @@ class RandomizedSmoothing(Guard):
         return step.with_inputs(self.noise.add(x, stream(self._seed, step.index, step.run.rank, device=x.device)))
 
     def notes(self) -> list[str]:
-        if self.sigma == 0:
+        if self.off:
             return []
         return [
             f"The network was trained on inputs with Gaussian noise of sigma {self.sigma:.4g}. What can be certified "

@@ -199,7 +199,7 @@ def judge(run: Run) -> Iterator[str]:
 
 def findings(guards: Iterable[Guard]) -> Iterator[tuple[Guard, Guard, Rule]]:
     """The rules that speak about each pair of guards; a trait that is not declared is taken for the worst."""
-    ordered = sorted(guards, key=lambda guard: guard.name)
+    ordered = sorted((guard for guard in guards if not guard.off), key=lambda guard: guard.name)
     for i, first in enumerate(ordered):
         for second in ordered[i + 1 :]:
             for rule in RULES:

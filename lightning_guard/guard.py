@@ -350,6 +350,11 @@ class Guard(pl.Callback):
         names = signature(type(self).__init__).parameters
         return {name: getattr(self, name) for name in names if name != "self" and hasattr(self, name)}
 
+    @property
+    def off(self) -> bool:
+        """Whether the options switch this guard off: it promises nothing then, so no rule refuses it."""
+        return False
+
     def overrides(self, transform: str) -> bool:
         """Whether this guard acts at this place; a guard whose options decide it may say so, the same at all times."""
         return getattr(type(self), transform) is not getattr(Guard, transform)
