@@ -76,7 +76,7 @@ def survives_ascent(
         x: inputs ``(N, ...)``.
         y: classes ``(N,)``.
         threat: what the attacker may do.
-        steps: gradient steps.
+        steps: gradient steps; of a threat with categories or whole numbers only where they end is judged.
         draws: where the random start is drawn from; the attack then climbs the cross-entropy, in the form that stays
             steep where the model is sure. None starts at ``x`` and climbs the margin between the logits.
 
@@ -90,10 +90,11 @@ def survives_ascent(
         nonlocal right
         if moved.requires_grad:
             moved.register_hook(torch.nan_to_num)  # a gradient that is no number leads nowhere
-        _inside(moved, x, threat, rounding)
         logits = victim(moved)
-        wrong = right & (predicted(logits) != y)
-        fooling[wrong], right = moved.detach()[wrong], right & ~wrong
+        if not threat.discrete:  # on the way to a valid row an ascent passes through what is none
+            _inside(moved, x, threat, rounding)
+            wrong = right & (predicted(logits) != y)
+            fooling[wrong], right = moved.detach()[wrong], right & ~wrong
         return climbed(logits, y)
 
     last = pgd(losses, x, threat, steps, random_start=draws is not None, generator=draws)

@@ -79,9 +79,8 @@ class StridedCNN(Classifier):
     """Two convolutions that halve the image, and two linear layers: no normalisation, no pooling, cheap to attack.
 
     ``forward`` takes images of shape ``(N, in_channels, image_size, image_size)`` and returns logits of shape
-    ``(N, num_classes)``, or ``(N,)`` for two classes. It is meant for adversarial training on one core. A first
-    layer that sees pixels as they are can learn to ignore what an attacker adds to them; GroupNorm and pooling cost
-    as much as the convolutions.
+    ``(N, num_classes)``, or ``(N,)`` for two classes. It is meant for adversarial training on one core: an
+    input gradient costs a fifth to a third less time than with :class:`SmallCNN`.
 
     Args:
         num_classes: Number of classes.

@@ -12,8 +12,9 @@ from lightning_guard.report.runs import ArmRun, batch_of
 
 _KEYS = ("moved", "target", "standing", "predicted")
 _ABOUT = (
-    "Accuracy on inputs that were attacked on another arm, mean over seeds. Whoever attacks without seeing the model "
-    "does it so; if that fools an arm more often than attacks on itself, its own gradients are masked."
+    "Accuracy of each arm (columns) on inputs that PGD attacked on each (rows), mean over seeds. Whoever attacks "
+    "without seeing the model does it so; if that fools an arm more often than attacks on itself, its own "
+    "gradients are masked."
 )
 
 
@@ -61,8 +62,8 @@ def transferred(runs: Sequence[ArmRun]) -> dict[str, Any]:
         "robustness/transfer": {
             "axis": "robustness",
             "label": "Transferred attacks",
-            "row_label": "attacked on",
-            "column_label": "judged",
+            "row_label": "attacked on ↓",
+            "column_label": "judged →",
             "unit": "fraction",
             "about": _ABOUT,
             "arms": names,

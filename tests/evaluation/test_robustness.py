@@ -407,3 +407,36 @@ def test_every_point_on_the_way_counts():
 def test_what_makes_no_attack_is_refused_by_name(options, named):
     with pytest.raises(ValueError, match=named):
         Robustness(**options)
+
+
+def test_rows_of_a_table_are_judged_where_they_are_valid():
+    """Columns: a whole number 0 to 9, a number in [0, 1], a category of three; the oracle tries every valid row."""
+    generator = torch.Generator().manual_seed(3)
+    n = 60
+    category = torch.randint(3, (n,), generator=generator)
+    x = torch.cat(
+        [
+            torch.randint(10, (n, 1), generator=generator).double(),
+            torch.rand(n, 1, generator=generator, dtype=torch.float64),
+            nn.functional.one_hot(category, 3).double(),
+        ],
+        dim=1,
+    )
+    module = linear(3, features=5)
+    threat = {"unit": [2.0, 0.2, 1.0, 1.0, 1.0], "integer": [0], "increasing": [0], "one_hot": [[2, 3, 4]]}
+    batches = data(module, x - x.mean(0))
+    batches = [(x, torch.cat([y for _, y in batches]))]
+    bounds = [[0.0, 0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 1.0, 1.0]]
+    right, y = torch.ones(n, dtype=torch.bool), batches[0][1]
+    for older in (0, 1, 2):
+        for change in torch.linspace(-0.2, 0.2, 41, dtype=torch.float64):  # linear, so an end of it is the worst
+            for kind in range(3):
+                moved = x.clone()
+                moved[:, 0] = torch.minimum(x[:, 0] + older, torch.full_like(x[:, 0], 9).maximum(x[:, 0]))
+                moved[:, 1] = (x[:, 1] + change).clamp(0, 1)
+                moved[:, 2:] = nn.functional.one_hot(torch.tensor(kind), 3).double()
+                with torch.no_grad():
+                    right &= module(moved).argmax(1) == y
+    found = Robustness(1.0, bounds=bounds, curve=(), examples=n, **threat).evaluate(Subject(module, batches))
+    assert 0 < int(right.sum()) < int((module(x).argmax(1) == y).sum())
+    assert found.figures["robustness/accuracy"].value == pytest.approx(float(right.double().mean()))
