@@ -46,10 +46,8 @@ def fashion():
     data = FashionMNISTData(batch_size=500)
     data.setup("fit")
     data.setup("test")
-    return tuple(
-        torch.cat([batch[part] for batch in loader]) for loader in (data.train_dataloader(), data.test_dataloader())
-        for part in (0, 1)
-    )  # fmt: skip
+    sets = (list(loader) for loader in (data.train_dataloader(), data.test_dataloader()))  # once: they shuffle
+    return tuple(torch.cat([batch[part] for batch in found]) for found in sets for part in (0, 1))
 
 
 def digits_network():

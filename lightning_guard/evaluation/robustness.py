@@ -193,7 +193,7 @@ class Robustness:
         about = (
             f"Right at every point of every attack ({', '.join(names)}; {threat.norm}, eps {threat.eps:.4g}"
             f"{units}, PGD with {self.steps} steps), on the first {n} test examples. An upper bound of robustness"
-            f"{'.' if self.attack == 'autoattack' else '; the standard to report is AutoAttack.'}"
+            f"{'.' if self.attack == 'autoattack' or refusal(threat) else '; the standard to report is AutoAttack.'}"
         )
         doubts = signs.sentences()
         return Evidence(
