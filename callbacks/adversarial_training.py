@@ -172,7 +172,7 @@ class AdversarialTraining(Guard):
     def _start(self, state: Mapping[str, Any]) -> None:
         self._seed = state.get("seed", self.seed or 0)
         self._warmup: int | None = None
-        self._reached = 0.0  # fraction of eps that the attack last used
+        self._reached = float(state.get("reached", 0.0))  # fraction of eps that the attack last used
         self._checked = False
         self._delta: Tensor | None = state.get("delta")  # what free training carries from batch to batch
         self._leaf: tuple[Tensor, Tensor, Ascent] | None = None
@@ -271,6 +271,17 @@ class AdversarialTraining(Guard):
                 f"{', '.join(name for name in more if more[name])} use training data beside the one pass that "
                 f"{', '.join(private)} bounds; train with method='pgd' and objective='adversarial' on inputs, or with "
                 "collapse='ignore'"
+            )
+        few = isinstance(trainer.limit_train_batches, int) and trainer.limit_train_batches == 1  # 1.0 is all
+        if self.method == "free" and few and self.steps > 1:
+            yield (
+                f"method='free' climbs from replay to replay, and limit_train_batches=1 leaves one of {self.steps}; "
+                "allow more batches, or use method='pgd'"
+            )
+        if self.collapse == "stop" and self._watch.looking and ((trainer.min_epochs or 0) > 1 or trainer.min_steps):
+            yield (
+                f"collapse='stop' may end training before min_epochs={trainer.min_epochs} and "
+                f"min_steps={trainer.min_steps}, which Lightning would not allow; leave them out"
             )
         later = [guard.name for guard in run.guards if guard.overrides("on_weights")]
         if later and self._watch.looking:
@@ -383,6 +394,11 @@ class AdversarialTraining(Guard):
         if self.objective == "trades":
             return step.loss + self.beta * divergence(step.logits, other, y, self.divergence).mean()
         if self.objective == "mixed":
+            if isinstance(y, Tensor) and y.dim() > 1 and y[0].numel() > 1:
+                raise GuardConflict(
+                    f"{self.name}: objective='mixed' weighs your loss against the sum over {y[0].numel()} targets an "
+                    "example, and yours may be their mean; use objective='adversarial'"
+                )
             return (1 - self.clean_weight) * step.loss + self.clean_weight * step.losses(other, y).mean()
         with explained("objective='mart'"):
             margin, apart = mart_terms(other, step.logits, y)
@@ -413,8 +429,12 @@ class AdversarialTraining(Guard):
         leaf, self._leaf = self._leaf, None
         if leaf is not None:
             moved, x, ascent = leaf
-            if moved.grad is not None:
-                self._delta = ascended(moved.detach(), x, moved.grad, ascent.threat, ascent.step_size)
+            if moved.grad is None:
+                raise GuardConflict(
+                    f"{self.name}: method='free' climbs by what the backward pass gives the inputs, and it gave them "
+                    "nothing: training_step detaches or converts them; use method='pgd'"
+                )
+            self._delta = ascended(moved.detach(), x, moved.grad, ascent.threat, ascent.step_size)
 
     def on_checkpoint(self, weights: dict[str, Tensor]) -> None:
         self._away.originals(weights)
@@ -463,7 +483,8 @@ class AdversarialTraining(Guard):
 
     def state(self) -> dict[str, Any]:
         carried_on = {} if self._delta is None else {"delta": self._delta}
-        return {"seed": self._seed, **carried_on, **self._watch.state()}
+        reached = {"reached": self._reached} if self._watch.looking and self._reached else {}
+        return {"seed": self._seed, **carried_on, **reached, **self._watch.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._restored = state

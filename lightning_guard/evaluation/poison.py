@@ -6,11 +6,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_guard.evaluation.base import Bars, Evidence, Figure
 from lightning_guard.evaluation.subject import Subject
 from lightning_guard.functional.poison import Clusters, activation_clusters, spectral_scores
+
+
+def _in_order(loader: DataLoader[Any]) -> bool:
+    """Whether positions are rows: no sampler and no batch sampler of another kind than torch's own in order."""
+    own = loader.batch_sampler
+    sampler = loader.sampler if own is None else getattr(own, "sampler", None)
+    return type(sampler) is SequentialSampler and type(own) in (BatchSampler, type(None))
 
 
 class Suspicion(NamedTuple):
@@ -97,7 +104,7 @@ class PoisonAudit:
         Raises:
             ValueError: if the loader shuffles, targets are no classes, or there are no features.
         """
-        if isinstance(subject.loader, DataLoader) and isinstance(subject.loader.sampler, RandomSampler):
+        if isinstance(subject.loader, DataLoader) and not _in_order(subject.loader):
             raise ValueError("the loader shuffles, so a position names no row; give a DataLoader with shuffle=False")
         if subject.kind not in ("binary", "multiclass"):
             raise ValueError(subject.problem or f"there is no class to compare with: this is a {subject.kind}")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -14,7 +15,7 @@ from lightning_guard.functional.attacks import ThreatModel
 def replayed(loader: DataLoader, times: int) -> DataLoader:
     """The loader with each of its batches ``times`` in a row, and otherwise as it was.
 
-    The data are read once: replays are the same tensors. Sampler, workers and length (``times`` as many) stay the
+    The data are read once: replays are copies. Sampler, workers and length (``times`` as many) stay the
     loader's own.
 
     Raises:
@@ -38,8 +39,10 @@ class _Replayed(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
-            for _ in range(self.times):
-                yield batch
+            for _ in range(self.times - 1):
+                # Copies: what a transfer hook writes in place must not be written twice.
+                yield apply_to_collection(batch, Tensor, Tensor.clone)
+            yield batch
 
     def __len__(self) -> int:
         return self.times * super().__len__()

@@ -125,7 +125,9 @@ def hits(logits: Tensor, target: Tensor) -> Tensor:
     if not isinstance(target, Tensor):
         raise ValueError(f"a {type(target).__name__} as target has no accuracy")
     if _is_multiclass(logits, target):
-        right = logits.argmax(1) == target
+        right, asked = logits.argmax(1) == target, target >= 0  # places of negative target, as -100, are ignored
+        share = (right & asked).reshape(len(logits), -1).sum(1) / asked.reshape(len(logits), -1).sum(1)
+        return share.nan_to_num(0.0)
     elif target.numel() == logits.numel() and bool(((target >= 0) & (target <= 1)).all()):
         right = (logits.reshape(target.shape) > 0) == (target > 0.5)
     else:

@@ -45,7 +45,12 @@ def transferred(runs: Sequence[ArmRun]) -> dict[str, Any]:
     for seed in dict.fromkeys(run.seed for run in runs):
         kept = {run.arm.name: (run, found) for run in runs if run.seed == seed and (found := _kept(run)) is not None}
         first = next((found["target"] for _, found in kept.values()), None)
-        kept = {name: pair for name, pair in kept.items() if torch.equal(pair[1]["target"], first)}  # type: ignore[arg-type]
+        shape = next((found["moved"].shape for _, found in kept.values()), None)
+        kept = {
+            name: pair
+            for name, pair in kept.items()
+            if pair[1]["moved"].shape == shape and torch.equal(pair[1]["target"], first)  # type: ignore[arg-type]
+        }
         subjects = {name: subject for name, (run, found) in kept.items() if (subject := _again(run, found)) is not None}
         if len(kept) < 2 or not subjects or first is None:
             continue

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_guard.batch import Batch
 from lightning_guard.callbacks import DPSGD, AdversarialTraining, MagnitudePruning
 from lightning_guard.functional import ThreatModel, pgd, stream
+from lightning_guard.functional.collapse import Collapse
 from lightning_guard.guard import GuardConflict
 from lightning_guard.mixins import GuardMixin
-from tests.toys import ManualNet, PlainNet, Rows, fit, loader, rows, same, trainer
+from tests.toys import Data, ManualNet, PlainNet, Rows, fit, loader, rows, same, trainer
 
 EPS, STEPS, ALPHA = 0.1, 3, 0.04
 
@@ -1093,7 +1094,9 @@ def test_a_training_that_collapses_resumes_bit_for_bit(tmp_path):
     assert torch.equal(state["good"]["net.0.weight"], _stored(tmp_path / "end-epoch=0.ckpt")["net.0.weight"])
     assert len(state["examples"]) == 2
     at_end = torch.load(tmp_path / "end-epoch=0.ckpt", weights_only=True)["lightning_guard"]
-    assert at_end["guards"]["adversarial_training"] == {"seed": 0, "fallen": "", "single": 1.0, "strong": 0.0}
+    assert at_end["guards"]["adversarial_training"] == {
+        "seed": 0, "reached": 1.0, "fallen": "", "single": 1.0, "strong": 0.0
+    }  # fmt: skip
 
 
 def _stored(path):
@@ -1170,3 +1173,55 @@ def test_a_real_collapse_is_seen_and_the_fall_back_protects():
         guard, saved = trained()
     assert accuracy(saved, 20, True) > 0.3
     assert "catastrophic overfitting" in guard.notes()[0]
+
+
+def test_free_training_without_a_way_back_to_the_inputs_is_refused():
+    class Detached(PlainNet):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0].detach()), batch[1])
+
+    with pytest.raises(GuardConflict, match="gave them nothing"):
+        fit([AdversarialTraining(0.1, method="free", steps=3, bounds=(0.0, 1.0), collapse="ignore")], Detached)
+    with pytest.raises(GuardConflict, match="limit_train_batches=1"):
+        fit([AdversarialTraining(0.1, method="free", steps=3, bounds=(0.0, 1.0))], limit_train_batches=1)
+
+
+def test_replays_are_not_written_twice():
+    class InPlace(PlainNet):
+        largest = 0.0
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            batch[0].sub_(0.5).div_(0.25)
+            return batch
+
+        def training_step(self, batch, batch_idx):
+            self.largest = max(self.largest, float(batch[0].detach().abs().max()))
+            return super().training_step(batch, batch_idx)
+
+    guard = AdversarialTraining(1e-3, method="free", steps=3, mean=0.5, std=0.25, bounds=(0.0, 1.0), collapse="ignore")
+    assert fit([guard], InPlace, max_epochs=1).largest <= 2.0 + 1e-3
+
+
+def test_stopping_at_a_collapse_must_be_allowed():
+    with pytest.raises(GuardConflict, match="min_epochs=2"):
+        fit([AdversarialTraining(0.1, method="fgsm", collapse="stop")], min_epochs=2)
+
+
+def test_the_watch_goes_on_at_the_radius_that_was_reached(tmp_path, monkeypatch):
+    """A checkpoint of validation's end resumes right before the watch looks."""
+    seen, sees = [], Collapse.sees
+
+    def recording(self, single, strong, settled=True):
+        seen.append((single, strong, settled))
+        return sees(self, single, strong, settled)
+
+    monkeypatch.setattr(Collapse, "sees", recording)
+    data = Data()
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    fit([on(method="fgsm"), kept], data=data, enable_checkpointing=True, max_epochs=2)
+    whole = list(seen)
+    seen.clear()
+    fit([on(method="fgsm")], data=data, max_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert len(seen) == len(whole) == 2
+    assert seen[0] == whole[0]
+    assert seen[0][2]
