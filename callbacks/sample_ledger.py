@@ -11,7 +11,14 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_guard.functional.poison import margins, suspects
 from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait
@@ -159,6 +166,13 @@ class SampleLedger(Guard):
             raise GuardConflict(
                 f"{self.name}: {type(dataset).__name__} {why}, so no row can be found again; give a map-style data set "
                 "of rows, with __len__ and __getitem__"
+            )
+        known = (SequentialSampler, RandomSampler, DistributedSampler)
+        if type(self._loader.batch_sampler) is not BatchSampler or not isinstance(self._loader.sampler, known):
+            kind = type(self._loader.batch_sampler.sampler if hasattr(self._loader.batch_sampler, "sampler") else None)
+            raise GuardConflict(
+                f"{self.name}: the loader draws rows in a way of its own ({kind.__name__}), so it is not known which "
+                "rows are trained on, and others would be accused; give Subset(data, indices) and shuffle=True"
             )
         return len(dataset)
 

@@ -317,3 +317,9 @@ def test_processes_share_the_pass_and_hold_the_whole(tmp_path):
         assert torch.equal(rank["label"], rows(33)[1])
         torch.testing.assert_close(rank["aum"], torch.stack(rank["hand"]).mean(0), atol=1e-5, rtol=1e-5)
     assert torch.equal(ranks[0]["aum"], ranks[1]["aum"])
+
+
+def test_rows_that_a_sampler_leaves_out_are_not_accused():
+    sampler = torch.utils.data.SubsetRandomSampler(range(32))
+    with pytest.raises(GuardConflict, match="SubsetRandomSampler"):
+        fit([SampleLedger()], data=DataLoader(Rows(), 16, sampler=sampler))
