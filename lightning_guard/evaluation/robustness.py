@@ -252,10 +252,10 @@ class Robustness:
                     return log_odds((siege.through or siege.victim)(moved), y)
 
                 moved = pgd(losses, x, siege.threat, self.steps, random_start=False)
-                found.append((moved, y, chunk.standing, predicted(siege.victim(moved))))
-        names = ("robustness/moved", "robustness/target", "robustness/standing", "robustness/predicted")
+                found.append((moved, y, chunk.standing, predicted(siege.victim(moved)), x))
+        names = ("moved", "target", "standing", "predicted", "inputs")
         return {
-            name: torch.cat(parts)[:_MOST_SHARED].cpu()
+            f"robustness/{name}": torch.cat(parts)[:_MOST_SHARED].cpu()
             for name, parts in zip(names, zip(*found, strict=True), strict=True)
         }
 

@@ -10,7 +10,7 @@ from lightning_guard.evaluation import Subject
 from lightning_guard.evaluation.subject import predicted
 from lightning_guard.report.runs import ArmRun, batch_of
 
-_KEYS = ("moved", "target", "standing", "predicted")
+_KEYS = ("moved", "target", "standing", "predicted", "inputs")
 _ABOUT = (
     "Accuracy of each arm (columns) on inputs that PGD attacked on each (rows), mean over seeds. Whoever attacks "
     "without seeing the model does it so; if that fools an arm more often than attacks on itself, its own "
@@ -45,11 +45,11 @@ def transferred(runs: Sequence[ArmRun]) -> dict[str, Any]:
     for seed in dict.fromkeys(run.seed for run in runs):
         kept = {run.arm.name: (run, found) for run in runs if run.seed == seed and (found := _kept(run)) is not None}
         first = next((found["target"] for _, found in kept.values()), None)
-        shape = next((found["moved"].shape for _, found in kept.values()), None)
-        kept = {
+        inputs = next((found["inputs"] for _, found in kept.values()), None)
+        kept = {  # other rows, or the same ones normalised otherwise, are no common ground
             name: pair
             for name, pair in kept.items()
-            if pair[1]["moved"].shape == shape and torch.equal(pair[1]["target"], first)  # type: ignore[arg-type]
+            if torch.equal(pair[1]["target"], first) and torch.equal(pair[1]["inputs"], inputs)  # type: ignore[arg-type]
         }
         subjects = {name: subject for name, (run, found) in kept.items() if (subject := _again(run, found)) is not None}
         if len(kept) < 2 or not subjects or first is None:
