@@ -359,6 +359,9 @@ class AdversarialTraining(Guard):
             self._warmup = round(self.warmup * run.total_steps) if isinstance(self.warmup, float) else self.warmup
         return min(1.0, (run.trainer.global_step + 1) / max(self._warmup, 1))
 
+    def settled(self, run: Run) -> bool:
+        return self._reach(run) == 1
+
     # The outer minimum --------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -1,94 +1,238 @@
-"""A fairness-regularised loss as a guard."""
+"""A bound on the difference between groups as a guard."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_guard.functional import NOTIONS, Notion, positive_scores, rate_gaps, rate_sums
-from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait
+from lightning_guard.functional import NOTIONS, Notion
+from lightning_guard.functional.fairness import OF_NUMBERS, Census
+from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait, callbacks_of
+from lightning_guard.parity import Choice, Constraint, Mode, Penalty, Seen, count, measure
+
+Kind = Literal["constraint", "penalty"]
 
 
 class FairnessRegularization(Guard):
-    r"""Adds the squared gap between groups to the loss, so that training narrows it.
+    r"""Keeps the difference between groups within ``max_gap``, or says that it could not.
 
-    .. math:: \ell' = \ell + \lambda \sum_r \Big( \max_g \hat p_{r,g} - \min_g \hat p_{r,g} \Big)^2
+    .. math:: \min_\theta \; E[\ell] \quad \text{so that} \quad \max_g p_{r,g} - \min_g p_{r,g} \le \varepsilon
+              \quad \text{for each rate } r
 
-    with :math:`\hat p_{r,g}` the rate of group :math:`g` (selection rate, true positive rate, ...). The gap of one
-    small batch is mostly noise: its absolute value is biased upwards, and pushing it down pushes towards a constant
-    predictor. So the **value** of each rate, which says who is ahead, is a running mean of hard rates, the
-    thing that is judged in the end; the **gradient** is that of the current batch's rates with the step replaced by
-    :math:`\sigma(k z)`. Groups absent from a batch contribute nothing. The attribute is needed in training only.
-    The square lets go as the gap closes; the gap itself would push equally hard to the end and past it.
+    State the notion and the gap you accept; the guard finds the multipliers. Each example pays for what it does to the
+    rate of its group, by a soft decision :math:`\sigma(k z)` over the group's share of the training data. So the loss
+    of an example depends on no other, a group that is absent from a batch adds nothing, and batches may be small.
+    Prices follow running rates of hard decisions, which are what is judged in the end (Cotter et al., 2019).
 
-    This penalises the gap; it does not bound it. Read the gap that was reached from ``guard/fairness/gap`` (running,
-    hard, on training data, the largest over the rates of the notion; usable by EarlyStopping) and measure it on test
-    data.
+    After each epoch the weights of then are measured on training and validation data. Training ends with the best that
+    keep the gap with a margin of its uncertainty. If none do, those with the smallest gap are taken, and a warning and
+    a note in the report say what was reached. The attribute is needed in training only.
+
+    Logs ``guard/fairness/gap`` (running, hard), ``measured_gap`` and ``feasible`` (after an epoch), ``multiplier``.
 
     Args:
-        notion: ``demographic_parity``, ``equal_opportunity`` or ``equalized_odds``.
-        weight: :math:`\lambda`, in nats per squared gap; 0 switches the penalty off and still logs the gap.
-        steepness: :math:`k` of the surrogate.
-        memory: fraction of the running counts that a step keeps, in [0, 1); 0 takes each batch by itself.
-        batch: how a batch is read, if the defaults do not fit; the group is whole numbers, negative where unknown.
+        notion: what is compared, see the table in ``docs/fairness.md``.
+        max_gap: the largest difference between groups, a fraction (``mean_parity``: in units of the target;
+            ``bounded_group_loss``: the largest mean loss of a group); infinity switches the guard off.
+        mode: ``constraint``; or ``penalty``, which weighs the squared gap and promises no bound.
+        weight: of a penalty, nats per squared gap; 0 switches it off and still logs the gap.
+        margin: how far below ``max_gap`` to aim; None is one standard error of the gap on the training data.
+        intersections: with several attributes, bound the gap between the groups of all of them at once as well.
+        min_support: rates of fewer training examples are not bounded; a warning names them.
+        steepness: :math:`k`. Large moves examples near the boundary only, and keeps more of the ranking.
+        step_size: of the multipliers: how much they rise in an epoch for a gap that is 1 too wide.
+        memory: of the running rates, in epochs.
+        cap: largest multiplier.
+        warmup: time before multipliers rise, as a fraction of training (float) or in optimizer steps (int).
+        select: take the best weights that keep the gap; else the last are kept.
+        thresholds: of ``quantile_parity``, in units of the target; None is the nine deciles of the training targets.
+        batch: how a batch is read, if the defaults do not fit. The group is whole numbers ``(N,)``, or ``(N, A)`` for
+            several attributes, negative or NaN where unknown.
 
-    | case                                    | result                                             |
-    |-----------------------------------------|----------------------------------------------------|
-    | ``weight=0``                            | trained weights are bit-identical to those without the guard |
-    | a group absent from the batch           | it contributes no gradient                         |
-    | fewer than two groups seen so far       | no penalty                                         |
-    | several labels an example (multi-label) | refused on the first batch                         |
-    | group unknown (negative or NaN)         | the example counts for the task loss only          |
-    | several processes                       | the rates of the union of their batches            |
-    | a constant predictor in the end         | a warning: it closes every gap and is of no use    |
+    | case                                         | result                                                       |
+    |----------------------------------------------|--------------------------------------------------------------|
+    | ``max_gap=inf``; ``mode="penalty"``, ``weight=0`` | trained weights are bit-identical to those without the guard |
+    | a group absent from a batch, or from many    | it adds nothing                                              |
+    | group unknown (negative or NaN)              | the example counts for the task loss only                    |
+    | fewer than two groups in the training data   | refused before training                                      |
+    | too few examples of a rate                   | it is not bounded, and a warning names it                    |
+    | several processes                            | the rates of the union of their batches                      |
+    | ``max_gap`` is not reached                   | a warning and a note with the gap that was                   |
+    | the model decides alike for nearly everybody | a warning and a note: it closes every gap and is of no use   |
+    | data without an end                          | refused: their groups cannot be counted                      |
+
+    Raises:
+        GuardConflict: before training, if the promise cannot be kept.
 
     Reference:
-        Notions: Hardt, Price and Srebro, NeurIPS 2016, arXiv:1610.02413. Hard rates for the decision and a surrogate
-        for the gradient: Cotter et al., JMLR 20(172), 2019, arXiv:1809.04198.
+        Agarwal et al., ICML 2018, arXiv:1803.02453 (constraints as linear moments). Cotter et al., JMLR 20(172), 2019,
+        arXiv:1809.04198 (multipliers that follow hard rates). Notions: Hardt et al., NeurIPS 2016, arXiv:1610.02413.
 
     Example:
         >>> import pytorch_lightning as pl
-        >>> trainer = pl.Trainer(callbacks=[FairnessRegularization(weight=2.0)], logger=False)
+        >>> trainer = pl.Trainer(callbacks=[FairnessRegularization("equalized_odds", max_gap=0.05)], logger=False)
     """
 
     name: ClassVar[str] = "fairness"
     phase: ClassVar[Phase] = Phase.LOSS
-    traits: frozenset[Trait] | None = frozenset({Trait.COUPLES_EXAMPLES, Trait.REMEMBERS_DATA})
+    traits: frozenset[Trait] | None = frozenset({Trait.REMEMBERS_DATA})  # a penalty couples examples too
     needs_group: ClassVar[bool] = True
     needs_logits: bool = True
 
     def __init__(
         self,
         notion: Notion = "demographic_parity",
-        weight: float = 2.0,
+        max_gap: float | None = None,
+        mode: Kind = "constraint",
+        weight: float | None = None,
+        margin: float | None = None,
+        intersections: bool = False,
+        min_support: int = 30,
         steepness: float = 3.0,
-        memory: float = 0.9,
+        step_size: float = 4.0,
+        memory: float | None = None,
+        cap: float = 20.0,
+        warmup: int | float = 0.1,
+        select: bool = True,
+        thresholds: Sequence[float] | None = None,
         batch: Batch | None = None,
     ):
+        if mode not in get_args(Kind):
+            raise ValueError(f"mode={mode!r} is not known; give one of {', '.join(get_args(Kind))}")
         if notion not in NOTIONS:
             raise ValueError(f"notion={notion!r} is not known; give one of {', '.join(NOTIONS)}")
-        if not 0 <= weight < float("inf"):
+        if mode == "constraint" and weight is not None:
+            raise ValueError(f"weight={weight} is of a penalty; give mode='penalty', or max_gap alone")
+        if mode != "constraint" and max_gap is not None:
+            raise ValueError(f"max_gap={max_gap} is promised by mode='constraint' alone; mode={mode!r} takes a weight")
+        max_gap = (
+            0.05
+            if max_gap is None and mode == "constraint" and notion not in ("bounded_group_loss", "mean_parity")
+            else max_gap
+        )
+        if mode == "constraint" and (max_gap is None or not max_gap > 0):
+            raise ValueError(f"max_gap={max_gap} with notion={notion!r} is no bound; give a positive number")
+        weight = 2.0 if weight is None and mode != "constraint" else weight
+        if weight is not None and not 0 <= weight < float("inf"):
             raise ValueError(f"weight={weight} would reward or overflow the gap; give a finite number of at least 0")
-        if not steepness > 0:
-            raise ValueError(f"steepness={steepness} has no gradient towards parity; give a positive number")
-        if not 0 <= memory < 1:
-            raise ValueError(f"memory={memory} is no fraction to keep; give a number in [0, 1)")
+        if mode == "penalty" and notion in ("quantile_parity", "calibration"):
+            raise ValueError(f"notion={notion!r} has no squared gap of running rates; give mode='constraint'")
+        for option, value in (("steepness", steepness), ("step_size", step_size), ("cap", cap)):
+            if not value > 0:
+                raise ValueError(f"{option}={value} moves nothing towards parity; give a positive number")
+        if memory is not None and memory < 0:
+            raise ValueError(f"memory={memory} is no time; give a number of epochs, at least 0")
+        if margin is not None and not (max_gap is not None and 0 <= margin < max_gap):
+            raise ValueError(f"margin={margin} must be at least 0 and below max_gap={max_gap}")
+        if min_support < 1:
+            raise ValueError(f"min_support={min_support} is no number of examples; give at least 1")
+        if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
+            raise ValueError(f"warmup={warmup} is no time; give a fraction in [0.0, 1.0] or a number of steps")
         self.notion: Notion = notion
-        self.weight, self.steepness, self.memory, self.batch = weight, steepness, memory, batch
-        self._sums = torch.zeros(0, 0)
-        self._counts = torch.zeros(0, 0)
-        self._restored = False
+        self.max_gap, self.mode, self.weight, self.margin = max_gap, mode, weight, margin
+        self.intersections, self.min_support, self.steepness = intersections, min_support, steepness
+        self.step_size, self.memory, self.cap, self.warmup = step_size, memory, cap, warmup
+        self.select, self.thresholds, self.batch = select, thresholds, batch
+        bounds = mode == "constraint"
+        self.traits = frozenset({Trait.REMEMBERS_DATA} if bounds else {Trait.COUPLES_EXAMPLES, Trait.REMEMBERS_DATA})
+        self._state: Mapping[str, Any] | None = None
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._mode: Mode | None = None
+        self._census: Census | None = None
+        self._choice, self._outcome = Choice(), ""
+        self._run: Run | None = None
+
+    @property
+    def off(self) -> bool:
+        return self.max_gap == float("inf")
+
+    def overrides(self, transform: str) -> bool:
+        return not self.off and super().overrides(transform)
+
+    # Before training ----------------------------------------------------------------------------------------------
+
+    def problems(self, run: Run) -> Iterable[str]:
+        if isinstance(self.warmup, float) and run.endless and not self.off:
+            yield (
+                f"warmup={self.warmup} is a fraction of a training without end; "
+                "set max_epochs or max_steps on the Trainer, or give optimizer steps"
+            )
+        if self.select and self.mode == "constraint" and not self.off:
+            for callback in callbacks_of(run.trainer):
+                if {"WeightAveraging", "StochasticWeightAveraging"} & {c.__name__ for c in type(callback).__mro__}:
+                    yield (
+                        f"{type(callback).__name__} puts an average in the place of the weights that were measured; "
+                        "set select=False, or remove it"
+                    )
 
     def begin(self, run: Run) -> None:
-        if not self._restored:  # else the rates of another training would steer this one
-            self._sums, self._counts = torch.zeros(0, 0), torch.zeros(0, 0)
-        self._restored = False
+        state, self._state = self._state, None
+        self._fresh()
+        self._run = run
+        if self.off:
+            return
+        if self.mode == "penalty":
+            memory = 0.1 if self.memory is None else self.memory
+            self._mode = Penalty(self.notion, float(self.weight or 0.0), self.steepness, memory)
+        else:
+            memory = 0.5 if self.memory is None else self.memory
+            assert self.max_gap is not None
+            self._mode = Constraint(
+                self.notion, self.max_gap, self.margin, self.steepness, self.step_size, memory, self.cap,
+                self.min_support,
+            )  # fmt: skip
+        if state:
+            self._mode.restore(state["mode"])
+            self._choice.restore(state["choice"])
+            if state["census"]:
+                self._census = Census(self.intersections)
+                self._census.restore(state["census"])
+                self._limits = state["thresholds"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.off:
+            return
+        assert self._run is not None and self._mode is not None
+        if self._census is None:
+            self._census, numbers = count(self._run, self.intersections)
+            self._limits = numbers.quantile(torch.arange(0.1, 1.0, 0.1)) if len(numbers) else torch.zeros(0)
+            self._judge_groups(self._census)
+        if self.thresholds is not None:
+            self._limits = torch.tensor(self.thresholds, dtype=torch.float32)
+        if self.notion == "quantile_parity" and not len(self._limits):
+            raise GuardConflict(f"{self.name}: notion='quantile_parity' compares numbers, and the targets are none")
+        self._mode.begin(pl_module, self._census)
+        if isinstance(self._mode, Constraint):
+            self._mode.thresholds = self._limits
+
+    def _judge_groups(self, census: Census) -> None:
+        if census.groups == len(census.families.unique()):  # at most one group an attribute
+            raise GuardConflict(
+                f"{self.name}: {census.groups} groups of {len(census.values)} attributes in {census.total:.0f} training examples leave nothing to compare; "
+                "say where the group is with Batch(group=...), or leave the guard out"
+            )
+        if self.mode != "constraint":
+            return
+        rates = 2 if self.notion == "equalized_odds" else 1
+        columns = census.cells.shape[1]
+        rates *= columns if census.several or columns > 2 else 1
+        small = census.support(self.notion, rates) < self.min_support
+        if bool(small.any()):
+            names = [census.name(g) for g in small.any(0).nonzero()[:, 0].tolist()]
+            rank_zero_warn(
+                f"{self.name}: fewer than min_support={self.min_support} training examples of {', '.join(names[:10])} "
+                f"for {self.notion}, so their rates are not bounded; merge small groups, or lower min_support"
+            )
+
+    # In training --------------------------------------------------------------------------------------------------
 
     def on_loss(self, step: Step) -> Tensor:
-        assert step.loss is not None
+        assert step.loss is not None and self._census is not None and self._mode is not None
         logits, group = step.logits, step.group
         if len(group) != len(logits):
             raise GuardConflict(
@@ -96,52 +240,100 @@ class FairnessRegularization(Guard):
             )
         known = step.run.batch.find(step.batch, "target") is not None
         target = step.target if known or self.notion != "demographic_parity" else None
-        if isinstance(target, Tensor) and target.dim() > 1 and target.shape[1] > 1:
+        self._refuse(target, logits)
+        members = self._census.members(group)
+        if isinstance(self._mode, Constraint):
+            self._mode.active = self._warm(step.run)
+        term = self._mode.term(Seen(step, self._census, logits.float(), target, members, step.attribute))
+        return step.loss if term is None or self.weight == 0 else step.loss + term
+
+    def _refuse(self, target: Any, logits: Tensor) -> None:
+        if not isinstance(target, Tensor):
+            return
+        numbers = target.is_floating_point() and not bool(((target == 0) | (target == 1)).all())
+        if numbers and self.notion not in (*OF_NUMBERS, "bounded_group_loss"):
             raise GuardConflict(
-                f"{self.name}: targets of shape {tuple(target.shape)} are several labels an example, whose rates are "
-                "not those of classes; give one class an example, or use the guard on one label at a time"
+                f"{self.name}: notion={self.notion!r} compares decisions, and the targets are quantities; give "
+                f"{', '.join(sorted(OF_NUMBERS))} or bounded_group_loss"
             )
-        seen = max(int(group.max()) + 1 if len(group) else 0, self._sums.shape[1])
-        groups = int(_over_ranks(torch.tensor(seen, device=logits.device), step, "max"))
-        with torch.no_grad():
-            hard = rate_sums(positive_scores(logits.float()), group, target, self.notion, groups)
-            sums, counts = (_over_ranks(part, step, "sum") for part in hard)
-            all_sums = self.memory * _grown(self._sums, sums) + sums
-            all_counts = self.memory * _grown(self._counts, counts) + counts
-            if not step.rehearsal:
-                self._sums, self._counts = all_sums, all_counts
-            gaps = rate_gaps(all_sums, all_counts)
-        self.report(step.module, gap=gaps.amax())
-        if self.weight == 0:
-            return step.loss
-        soft, _ = rate_sums(positive_scores(logits.float(), self.steepness), group, target, self.notion, groups)
-        # DDP averages gradients over ranks; the rate of the union is the sum of their parts over its count.
-        soft = soft * step.run.trainer.world_size / counts.clamp_min(1)
-        # Value of the running rate, gradient of the batch's.
-        rates = all_sums / all_counts.clamp_min(torch.finfo(torch.float32).tiny) + (soft - soft.detach())
-        return step.loss + self.weight * rate_gaps(rates, (all_counts > 0).to(rates)).square().sum()
+        if target.dim() > 1 and target.shape[1] > 1 and target.shape != logits.shape:
+            raise GuardConflict(
+                f"{self.name}: targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits.shape)}; "
+                "give one class an example, or as many labels as logits"
+            )
+
+    def _warm(self, run: Run) -> bool:
+        warmup = self.warmup * run.total_steps if isinstance(self.warmup, float) else self.warmup
+        return bool(run.trainer.global_step >= warmup)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        mode, run = self._mode, self._run
+        if mode is not None:
+            self.report(pl_module, **mode.figures())
+        if not isinstance(mode, Constraint) or not mode.active or run is None:
+            return
+        if not self.select or not all(guard.settled(run) for guard in run.guards):
+            return
+        training = measure(trainer, pl_module, [trainer.train_dataloader], int(trainer.num_training_batches), mode)
+        assert training is not None and self.max_gap is not None
+        held = trainer.val_dataloaders
+        loaders = held if isinstance(held, list | tuple) else [] if held is None else [held]
+        validation = measure(trainer, pl_module, loaders, 1 << 60, mode)
+        both = training if validation is None else training + validation
+        gap, kept = mode.judged(both.table)
+        merit = both.merit / both.rows
+        self._choice.offer(pl_module, trainer.current_epoch, gap, self.max_gap, kept, merit, both.undecided)
+        self.report(pl_module, measured_gap=gap, feasible=float(gap <= self.max_gap))
+
+    # After it -----------------------------------------------------------------------------------------------------
 
     def release(self, module: pl.LightningModule) -> None:
-        rates = (self._sums / self._counts)[self._counts > 0]
-        if self.weight and len(rates) and bool(((rates < 0.005) | (rates > 0.995)).all()):
-            rank_zero_warn(
-                f"{self.name}: the model predicts the same for nearly everybody, which closes every gap and is of no "
-                f"use; lower weight={self.weight}"
+        self._run = None
+        found, mode = self._choice.found, self._mode
+        if isinstance(mode, Penalty) and self.weight and mode.running.parts is not None:
+            rates = mode.running.rates[mode.running.counts > 0]
+            if self.notion not in OF_NUMBERS and bool(((rates < 0.005) | (rates > 0.995)).all()):
+                self._say(
+                    "the model predicts the same for nearly everybody, which closes every gap and is of no use",
+                    f"lower weight={self.weight}",
+                )
+        if not isinstance(mode, Constraint):
+            return
+        if not found:
+            if self.select:
+                self._say(
+                    "no weights were measured: training ended within the warmup or before another guard had settled",
+                    "train longer; the last weights are kept",
+                )
+            return
+        self._choice.take(module)
+        where = f"{self.notion} gap of {found['gap']:.4f} on training and validation data, epoch {found['epoch']}"
+        if found["constant"]:
+            self._say(
+                "the model predicts the same for nearly everybody, which closes every gap and is of no use",
+                f"allow more than max_gap={self.max_gap}",
             )
+        elif not found["feasible"]:
+            self._say(
+                f"max_gap={self.max_gap} was not reached; the smallest was a {where}",
+                "train longer, raise step_size or cap, or allow more",
+            )
+        else:
+            rank_zero_info(f"{self.name}: max_gap={self.max_gap} is kept: {where}")
+
+    def _say(self, what: str, remedy: str) -> None:
+        self._outcome = what
+        rank_zero_warn(f"{self.name}: {what}; {remedy}")
+
+    def notes(self) -> list[str]:
+        return [f"{self._outcome}."] if self._outcome else []
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self._sums.cpu(), "counts": self._counts.cpu()}
+        if self._mode is None:
+            return {}
+        census = {} if self._census is None else self._census.state()
+        limits = torch.zeros(0) if self._census is None else self._limits
+        return {"mode": self._mode.state(), "choice": self._choice.state(), "census": census, "thresholds": limits}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._sums, self._counts, self._restored = state["sums"], state["counts"], True
-
-
-def _over_ranks(value: Tensor, step: Step, how: str) -> Tensor:
-    strategy = step.run.trainer.strategy
-    return strategy.reduce(value, reduce_op=how) if step.run.trainer.world_size > 1 else value
-
-
-def _grown(running: Tensor, like: Tensor) -> Tensor:
-    grown = torch.zeros_like(like)
-    grown[: running.shape[0], : running.shape[1]] = running.to(like)
-    return grown
+        self._state = state

@@ -291,6 +291,9 @@ class MagnitudePruning(Guard):
                 self._clear(name, weight)
 
     @torch.no_grad()
+    def settled(self, run: Run) -> bool:
+        return not self._weights or (self._window is not None and self._steps >= self._window[1])
+
     def release(self, module: pl.LightningModule) -> None:
         self._present(module)
         for name, weight in self._weights.items():

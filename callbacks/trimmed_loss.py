@@ -131,6 +131,9 @@ class TrimmedLoss(Guard):
             return self.share * min(1.0, done / max(self._warmup, 1))
         return self.share if done >= self._warmup else 0.0
 
+    def settled(self, run: Run) -> bool:
+        return not self.share or self._share(run) == self.share
+
     def release(self, module: pl.LightningModule) -> None:
         if self._checked and not self._acted:
             rank_zero_warn(

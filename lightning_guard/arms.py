@@ -5,7 +5,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import product
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -13,6 +15,7 @@ import torch
 import yaml
 
 from lightning_guard.check import quiet, rehearse
+from lightning_guard.evaluation.references import REFERENCES
 from lightning_guard.guard import guards_of
 from lightning_guard.launch import FILES, GuardCLI, pairs
 from lightning_guard.recipe import Recipe, RecipeError, find, merged, nearest, plain, read, refused
@@ -20,6 +23,28 @@ from lightning_guard.report.compare import Arm, Parts, compare_arms
 from lightning_guard.report.witness import Withholding
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Values of one option of a guard, an arm each."""
+
+    slot: str
+    option: str  # within the guard, with dots if it is nested
+    values: tuple[str, ...]  # as they were typed
+
+    @property
+    def key(self) -> str:
+        return f"guards.{self.slot}.{self.option}"
+
+
+@dataclass(frozen=True)
+class Stated:
+    """An arm as the command line states it: its recipes, and the values that a sweep gives it."""
+
+    recipes: list[Recipe]
+    swept: dict[str, str] = field(default_factory=dict)  # value by key
+    of: str = ""  # the arm that is swept
 
 
 def compare(args: Sequence[str]) -> int:
@@ -32,20 +57,24 @@ def compare(args: Sequence[str]) -> int:
     if own.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Threads of several processes on one core wait for each other: ten times slower on two cores.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // own.workers))
-    recipes = dict(map(_named, own.arm))
     if len(own.arm) < 2:
         raise RecipeError("compare needs at least two arms, the baseline first: --arm none --arm fairness")
-    if len(recipes) < len(own.arm):
-        raise RecipeError(f"two of the arms {', '.join(own.arm)} have one name; use --arm NAME=recipe+recipe")
+    sweeps = _sweeps(own.sweep, shared)
+    arms_stated = _swept([_named(text) for text in own.arm], sweeps)
+    stated = dict(arms_stated)
+    if len(stated) < len(arms_stated):
+        twice = own.arm if not sweeps else [name for name, _ in arms_stated]
+        raise RecipeError(f"two of the arms {', '.join(twice)} have one name; use --arm NAME=recipe+recipe")
+    references = _references(own.reference, sweeps)
     with quiet():
-        evaluators, judged = _shared(shared, [recipe for stated in recipes.values() for recipe in stated])
-        arms = _each(recipes, lambda name: _parse(recipes[name], shared, judged))
+        evaluators, judged = _shared(shared, [recipe for arm in stated.values() for recipe in arm.recipes])
+        arms = _each(stated, lambda name: _parse(stated[name], shared, judged))
         if not own.worker:
             # Where one arm needs the group, the batches of every arm have one.
             needed = any(guard.needs_group for cli in arms.values() for guard in guards_of(cli.trainer))
             _each(arms, lambda name: _rehearse(arms[name], [Withholding()] if needed else []))
         place = compare_arms(
-            [_arm(name, cli, recipes[name]) for name, cli in arms.items()],
+            [_arm(name, cli, stated[name]) for name, cli in arms.items()],
             seeds=range(own.seeds),
             evaluators=evaluators,
             folder=own.out,
@@ -54,6 +83,7 @@ def compare(args: Sequence[str]) -> int:
             workers=own.workers,
             argv=[sys.executable, "-m", "lightning_guard", "compare", *args, "--worker"],
             worker=own.worker,
+            references=references,
         )
     if not own.worker:
         print(f"The report is {place}")
@@ -62,14 +92,16 @@ def compare(args: Sequence[str]) -> int:
 
 def _each(names: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
     """What is made of each arm, or the problems of all arms at once."""
-    made, problems = {}, []
+    made: dict[str, T] = {}
+    problems: dict[str, None] = {}
     for name in names:
         try:
             made[name] = make(name)
         except Exception as error:
             if not refused(error):
                 raise
-            problems.append(f"arm {name}: {error}")
+            # A mistake in a sweep is no arm's own, and is told once.
+            problems[str(error) if str(error).startswith("--sweep") else f"arm {name}: {error}"] = None
     if problems:
         raise RecipeError("\n".join(problems))
     return made
@@ -78,6 +110,8 @@ def _each(names: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
 def _split(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--arm", action="append", default=[])
+    parser.add_argument("--sweep", action="append", default=[])
+    parser.add_argument("--reference", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="comparison")
     parser.add_argument("--title", default="Guarded and unguarded models")
@@ -100,6 +134,74 @@ def _named(text: str) -> tuple[str, list[Recipe]]:
     """Name and recipes of ``none``, ``recipe+recipe`` or ``NAME=recipe+recipe``."""
     name, _, recipes = text.rpartition("=")
     return name or recipes, [] if recipes == "none" else [find(part) for part in recipes.split("+")]
+
+
+def _sweeps(texts: Sequence[str], shared: Sequence[str]) -> list[Sweep]:
+    """What each ``--sweep guards.NAME.OPTION=VALUE,VALUE`` says."""
+    form = "; write --sweep guards.NAME.OPTION=VALUE,VALUE, for example guards.fairness.max_gap=0.02,0.05"
+    found: list[Sweep] = []
+    for text in texts:
+        key, equals, listed = text.partition("=")
+        parts = [part for part in key.split(".") if part != "init_args"]
+        values = tuple(value.strip() for value in listed.split(","))
+        said = f"--sweep {key}"
+        if len(parts) < 3 or parts[0] != "guards" or "" in parts or parts[1] == "batch":
+            raise RecipeError(f"{said}: sweeps an option of one guard{form}")
+        if not equals or "" in values:
+            raise RecipeError(f"{said}: {'lacks a value' if listed else 'has no values'}{form}")
+        if len(set(values)) < len(values):
+            raise RecipeError(f"{said}: {listed} has a value twice; each becomes an arm, so give it once")
+        sweep = Sweep(parts[1], ".".join(parts[2:]), values)
+        if sweep.key in [other.key for other in found]:
+            raise RecipeError(f"{said}: is swept twice; give all its values to one --sweep")
+        for name, _, _ in pairs(shared):
+            if name.removeprefix("--").replace(".init_args", "") == sweep.key:
+                raise RecipeError(f"{said}: {name} states it for every arm; leave out one of them")
+        found.append(sweep)
+    return found
+
+
+def _swept(stated: Sequence[tuple[str, list[Recipe]]], sweeps: Sequence[Sweep]) -> list[tuple[str, Stated]]:
+    """The arms, those that switch on what is swept once for each value; several sweeps multiply."""
+    on = [_switched_on(recipes) for _, recipes in stated]
+    for sweep in sweeps:
+        if sweep.slot in on[0]:
+            raise RecipeError(
+                f"--sweep {sweep.key}: the first arm, {stated[0][0]}, switches {sweep.slot} on, and a baseline is one "
+                "arm; put --arm none before it"
+            )
+        if not any(sweep.slot in slots for slots in on):
+            known = nearest(sweep.slot, set().union(*on))
+            raise RecipeError(
+                f"--sweep {sweep.key}: no arm switches {sweep.slot} on; name a recipe that does in --arm{known}"
+            )
+    arms = []
+    for (name, recipes), slots in zip(stated, on, strict=True):
+        own = [sweep for sweep in sweeps if sweep.slot in slots]
+        words = [sweep.option for sweep in own]
+        for values in product(*(sweep.values for sweep in own)):
+            told = [
+                f"{sweep.option if words.count(sweep.option) == 1 else f'{sweep.slot}.{sweep.option}'}={value}"
+                for sweep, value in zip(own, values, strict=True)
+            ]
+            swept = {sweep.key: value for sweep, value in zip(own, values, strict=True)}
+            arms.append((" ".join([name, *told]), Stated(recipes, swept, name if own else "")))
+    return arms
+
+
+def _references(text: str, sweeps: Sequence[Sweep]) -> list[str]:
+    """The methods of others that are to stand beside a sweep."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if name not in REFERENCES:
+            known = nearest(name, REFERENCES) or f"; there are {', '.join(REFERENCES)}"
+            raise RecipeError(f"--reference: nothing is named {name!r}{known}")
+    if names and not any(sweep.slot == "fairness" for sweep in sweeps):
+        raise RecipeError(
+            "--reference: there is no sweep of fairness to draw it beside; add "
+            "--sweep guards.fairness.max_gap=0.02,0.05,0.1"
+        )
+    return list(dict.fromkeys(names))
 
 
 def _shared(shared: Sequence[str], recipes: Sequence[Recipe]) -> tuple[list[Any], Any]:
@@ -131,18 +233,28 @@ def _shared(shared: Sequence[str], recipes: Sequence[Recipe]) -> tuple[list[Any]
     return cli.evaluators, cli.config.evaluate
 
 
-def _parse(recipes: list[Recipe], shared: Sequence[str], judged: Any) -> GuardCLI:
-    """The shared files, the recipes of the arm, then those shared options that speak of what the arm switches on."""
-    on = _switched_on(recipes)
+def _parse(stated: Stated, shared: Sequence[str], judged: Any) -> GuardCLI:
+    """The shared files, the arm's recipes, those shared options that speak of what it switches on, what is swept."""
+    on = _switched_on(stated.recipes)
     options = [(name, spelt) for name, _, spelt in pairs(shared) if _slot(name) is None or _slot(name) in on]
     last = max((i for i, (name, _) in enumerate(options) if name in FILES), default=-1) + 1
     args = [part for _, spelt in options[:last] for part in spelt]
-    args += [part for recipe in recipes for part in ("--recipe", recipe.name)]
+    args += [part for recipe in stated.recipes for part in ("--recipe", recipe.name)]
     args += [part for _, spelt in options[last:] for part in spelt]
-    cli = GuardCLI("compare", args)
-    if cli.config.evaluate != judged:
-        raise RecipeError("its recipes say how it is judged (evaluate); say that in --config, the same for all arms")
-    cli.build()
+    args += [f"--{key}={value}" for key, value in stated.swept.items()]
+    try:
+        cli = GuardCLI("compare", args)
+        if cli.config.evaluate != judged:
+            raise RecipeError(
+                "its recipes say how it is judged (evaluate); say that in --config, the same for all arms"
+            )
+        cli.build()
+    except RecipeError as error:
+        text = str(error)
+        for key in stated.swept:
+            if text.startswith(f"--{key}:"):
+                raise RecipeError(f"--sweep {text.removeprefix('--')}") from None
+        raise
     return cli
 
 
@@ -152,7 +264,7 @@ def _rehearse(cli: GuardCLI, callbacks: list[pl.Callback]) -> None:
         raise result.error
 
 
-def _arm(name: str, cli: GuardCLI, recipes: list[Recipe]) -> Arm:
+def _arm(name: str, cli: GuardCLI, stated: Stated) -> Arm:
     options = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     quietly = {option: False for option in options if cli.config.trainer[option] is None}
 
@@ -162,7 +274,19 @@ def _arm(name: str, cli: GuardCLI, recipes: list[Recipe]) -> Arm:
 
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
     decides = {key: value for key, value in config.items() if key not in ("seed_everything", "evaluate")}
-    return Arm(name, build, {recipe.name: recipe.sha256 for recipe in recipes}, yaml.safe_dump(decides))
+    values = [{"key": key, "value": _number(value)} for key, value in stated.swept.items()]
+    sweep = {"of": stated.of, **values[0], "also": values[1:]} if values else None
+    digests = {recipe.name: recipe.sha256 for recipe in stated.recipes}
+    return Arm(name, build, digests, yaml.safe_dump(decides), sweep)
+
+
+def _number(text: str) -> Any:
+    """A value as it was meant: YAML takes 1e-2 for a word."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _switched_on(recipes: Sequence[Recipe]) -> set[str]:

@@ -43,6 +43,8 @@ _VERBS = {
     "compare": ("Train guarded and unguarded models on the same seeds and report what each gained and cost.",
                 "--config demo/adult --arm none --arm fairness --arm fairness+pruning --out adult", """
   --arm ARM              none, or recipes as RECIPE+RECIPE, or NAME=RECIPE+RECIPE; the first is the baseline
+  --sweep KEY=V,V        an arm for each value: guards.fairness.max_gap=0.02,0.05,0.1; several sweeps multiply
+  --reference NAME,NAME  beside a sweep of fairness, fairlearn's threshold_optimizer, exponentiated_gradient
   --seeds N              runs of every arm (3)
   --out FOLDER           where report and runs go; finished runs are found there and kept (comparison)
   --title TEXT           of the report

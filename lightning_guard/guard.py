@@ -121,8 +121,18 @@ class Step:
         return self._read("target")
 
     @property
+    def attribute(self) -> Tensor:
+        """The group as a quantity: floats ``(N,)`` or ``(N, A)``, NaN where unknown; negative numbers are values."""
+        group = self._read("group")
+        if not isinstance(group, Tensor) or group.dim() not in (1, 2):
+            raise GuardConflict(
+                "the group is no tensor of one or more numbers an example; say where with Batch(group=...)"
+            )
+        return group.float()
+
+    @property
     def group(self) -> Tensor:
-        """The group of each example, whole numbers ``(N,)``; -1 where unknown (negative or NaN)."""
+        """The group of each example, whole numbers ``(N,)``, or ``(N, A)`` of A attributes; negative where unknown."""
         group = self._read("group")
         if not isinstance(group, Tensor):
             raise GuardConflict(
@@ -131,10 +141,10 @@ class Step:
             )
         if group.dim() == 2 and group.shape[1] == 1:
             group = group[:, 0]
-        if group.dim() != 1:
+        if group.dim() not in (1, 2) or group.shape[1:] == (0,):
             raise GuardConflict(
                 f"the group has shape {tuple(group.shape)}; give one whole number an example, "
-                "and for several attributes number their combinations"
+                "or a column of them for each attribute"
             )
         if group.is_floating_point():
             if not bool((group.isnan() | (group == group.round())).all()):
@@ -321,6 +331,10 @@ class Guard(pl.Callback):
     def paused(self) -> Iterator[None]:
         """Stand aside while another guard makes passes of its own."""
         yield
+
+    def settled(self, run: Run) -> bool:
+        """Whether the weights of now are such as this guard promises, e.g. a schedule has come to its end."""
+        return True
 
     def state(self) -> dict[str, Any]:
         """What a resume needs: numbers, strings and tensors only, so that it loads with ``weights_only=True``."""

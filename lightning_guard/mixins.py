@@ -47,6 +47,10 @@ class GuardMixin:
         """The loss of each example ``(N,)``, each depending on its own example alone; None is cross-entropy."""
         return None
 
+    def guard_counterfactual(self, inputs: Any) -> Any:
+        """The same inputs with the protected attribute changed, for a guard that compares both; None: not known."""
+        return None
+
     def guard_step(self, batch: Any) -> Step:
         """For manual optimisation: the batch as the guards want it, as ``step.batch``, ``step.inputs``, ...
 

@@ -37,8 +37,10 @@ GUARDS: dict[type[Guard], Row] = {
         off=lambda: DPSGD(delta=1e-3, target_epsilon=math.inf),
     ),
     FairnessRegularization: Row(
-        on=lambda: FairnessRegularization(weight=1.0),
-        off=lambda: FairnessRegularization(weight=0.0),
+        on=lambda: FairnessRegularization(
+            max_gap=0.01, min_support=1, margin=0.0, warmup=0, step_size=20.0, select=False
+        ),
+        off=lambda: FairnessRegularization(max_gap=math.inf),
     ),
     FeatureSqueezing: Row(
         on=lambda: FeatureSqueezing(bits=2),

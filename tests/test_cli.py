@@ -630,6 +630,7 @@ def test_what_decides_a_run_is_in_its_arm_and_nothing_else(compared, monkeypatch
 
 
 TWO = ["--arm", "none", "--arm", "pruning"]
+SWEPT = ["--arm", "none", "--arm", "fairness", "--sweep"]
 
 
 @pytest.mark.parametrize(
@@ -651,12 +652,111 @@ TWO = ["--arm", "none", "--arm", "pruning"]
             "--trainer.callbacks: magnitude_pruning is among the callbacks of every arm",
         ),
         ([*TWO, "--ckpt_path", "x"], "--ckpt_path: compare trains every arm from the start"),
+        (
+            [*TWO, "--reference", "fairret"],
+            "--reference: nothing is named 'fairret'; there are threshold_optimizer",
+        ),
+        (
+            [*TWO, "--reference", "threshold_optimzer"],
+            "--reference: nothing is named 'threshold_optimzer'; did you mean 'threshold_optimizer'?",
+        ),
+        ([*TWO, "--reference", "threshold_optimizer"], "--reference: there is no sweep of fairness to draw it beside"),
     ],
 )
 def test_what_makes_no_comparison_is_refused(args, answer, compared, capsys):
     code, out, err = said(capsys, "compare", *TOY, *args)
     assert (code, out, compared) == (2, "", {})
     assert err.startswith(answer)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "answer"),
+    [
+        ("fairness.weigth=1,2", "fairness.weigth: unknown option 'weigth' of guards.fairness; did you mean 'weight'?"),
+        ("fairness.weight=1,x", "fairness.weight: weight='x' of guards.fairness must be a number"),
+        ("fairness.weight=1,-2", "fairness.weight: guards.fairness: weight=-2.0 would"),
+        ("fairnes.weight=1", "fairnes.weight: no arm switches fairnes on; name a recipe that does in --arm; did you"),
+        ("dp_sgd.delta=1,2", "dp_sgd.delta: no arm switches dp_sgd on; name a recipe that does in --arm"),
+        ("batch.target=1,2", "batch.target: sweeps an option of one guard; write --sweep guards.NAME.OPTION=VALUE"),
+        ("fairness=1", "fairness: sweeps an option of one guard"),
+        ("fairness.weight", "fairness.weight: has no values"),
+        ("fairness.weight=1,,2", "fairness.weight: lacks a value"),
+        ("fairness.weight=1,2,1", "fairness.weight: 1,2,1 has a value twice"),
+    ],
+)
+def test_what_makes_no_sweep_is_refused(sweep, answer, compared, capsys):
+    code, out, err = said(capsys, "compare", *TOY, *SWEPT, f"guards.{sweep}")
+    assert (code, out, compared, err.count("\n")) == (2, "", {}, 0)
+    assert err.startswith(f"--sweep guards.{answer}")
+
+
+@pytest.mark.parametrize(
+    ("more", "answer"),
+    [
+        (["--sweep", "guards.fairness.weight=3"], "is swept twice; give all its values to one --sweep"),
+        (["--guards.fairness.weight", "3"], "--guards.fairness.weight states it for every arm; leave out one of them"),
+    ],
+)
+def test_a_sweep_is_stated_once(more, answer, compared, capsys):
+    code, _, err = said(capsys, "compare", *TOY, *SWEPT, "guards.fairness.weight=1,2", *more)
+    assert (code, compared) == (2, {})
+    assert err == f"--sweep guards.fairness.weight: {answer}"
+
+
+def test_a_baseline_is_not_swept_and_names_differ(compared, capsys):
+    _, _, err = said(capsys, "compare", *TOY, "--arm", "fairness", *SWEPT, "guards.fairness.weight=1,2")
+    assert err.startswith("--sweep guards.fairness.weight: the first arm, fairness, switches fairness on")
+    assert err.endswith("put --arm none before it")
+    _, _, err = said(capsys, "compare", *TOY, *SWEPT, "guards.fairness.weight=1", "--arm", "fairness weight=1=pruning")
+    assert err.startswith("two of the arms none, fairness weight=1, fairness weight=1 have one name")
+    _, _, err = said(capsys, "compare", *TOY, *SWEPT, "trainer.max_epochs=1,2")
+    assert err.startswith("--sweep trainer.max_epochs: sweeps an option of one guard")
+    assert compared == {}
+
+
+def test_a_mistake_in_a_sweep_is_told_once(compared, capsys):
+    args = [*SWEPT, "guards.fairness.notoin=equalized_odds,demographic_parity"]
+    code, _, err = said(capsys, "compare", *TOY, *args)
+    assert (code, compared, err.count("\n")) == (2, {}, 0)
+    assert err.endswith("unknown option 'notoin' of guards.fairness; did you mean 'notion'?")
+
+
+def test_a_sweep_makes_an_arm_of_each_value(compared, monkeypatch):
+    monkeypatch.setattr(arms, "rehearse", lambda *_, **__: Rehearsal())
+    args = [*TWO, "--arm", "both=fairness+pruning"]
+    sweeps = ["--sweep", "guards.fairness.init_args.weight=0.5,2", "--sweep=guards.magnitude_pruning.sparsity=3e-1,0.6"]
+    assert main(["compare", *TOY, *args, *sweeps, "--reference", "exponentiated_gradient"]) == 0
+    assert compared["references"] == ["exponentiated_gradient"]
+    found = {
+        name: {c.name: c for c in arm.build([])[0].callbacks if isinstance(c, Guard)}
+        for name, arm in compared["arms"].items()
+    }
+    assert {
+        name: [getattr(own.get(guard), option, None) for guard, option in
+               (("fairness", "weight"), ("magnitude_pruning", "sparsity"))]
+        for name, own in found.items()
+    } == {
+        "none": [None, None],
+        "pruning sparsity=3e-1": [None, 0.3], "pruning sparsity=0.6": [None, 0.6],
+        "both weight=0.5 sparsity=3e-1": [0.5, 0.3], "both weight=0.5 sparsity=0.6": [0.5, 0.6],
+        "both weight=2 sparsity=3e-1": [2.0, 0.3], "both weight=2 sparsity=0.6": [2.0, 0.6],
+    }  # fmt: skip
+    assert compared["arms"]["none"].sweep is None
+    assert compared["arms"]["both weight=2 sparsity=0.6"].sweep == {
+        "of": "both", "key": "guards.fairness.weight", "value": 2,
+        "also": [{"key": "guards.magnitude_pruning.sparsity", "value": 0.6}],
+    }  # fmt: skip
+    assert compared["arms"]["pruning sparsity=3e-1"].sweep["value"] == 0.3
+    assert len({arm.config for arm in compared["arms"].values()}) == len(compared["arms"])
+    assert set(compared["arms"]["both weight=2 sparsity=0.6"].recipes) == {"fairness", "pruning"}
+
+
+def test_a_sweep_of_one_name_in_two_guards_says_which(compared):
+    write("guards: {fairness: {weight: 1}, magnitude_pruning: {sparsity: 0.5}, trimmed_loss: {}}", "much.yaml")
+    names = [name for name, _ in arms._swept([("none", []), ("much", [arms.find("much.yaml")])], [
+        arms.Sweep("fairness", "start", ("1",)), arms.Sweep("trimmed_loss", "start", ("2",)),
+    ])]  # fmt: skip
+    assert names == ["none", "much fairness.start=1 trimmed_loss.start=2"]
 
 
 def test_the_problems_of_all_arms_are_told_before_anything_is_trained(compared, capsys):

@@ -46,8 +46,9 @@ EXACT = {
             "free": {"method": "free"},
         }.items()
     },
-    "fairness": lambda: FairnessRegularization(weight=1.0),
-    "equalized_odds": lambda: FairnessRegularization("equalized_odds", weight=1.0, memory=0.5),
+    "fairness": lambda: FairnessRegularization(max_gap=0.01, min_support=1, margin=0.0, warmup=0, step_size=20.0),
+    "penalty": lambda: FairnessRegularization(mode="penalty", weight=1.0),
+    "equalized_odds": lambda: FairnessRegularization("equalized_odds", mode="penalty", weight=1.0),
     "magnitude_pruning": lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
     "privacy_audit": lambda: PrivacyAudit(canaries=32, seed=5),
     "dp_sgd": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.3, test_seed=3),

@@ -80,7 +80,7 @@ def loaders():
 GUARDS = {
     "none": [],
     "adversarial_training": [AdversarialTraining(eps=0.05, steps=3, bounds=(0.0, 1.0))],
-    "fairness": [FairnessRegularization(weight=2.0)],
+    "fairness": [FairnessRegularization(mode="penalty", weight=2.0)],
     "magnitude_pruning": [MagnitudePruning(sparsity=0.75, every=2)],
 }
 

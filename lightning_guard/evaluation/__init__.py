@@ -11,12 +11,16 @@ Example:
 
 from lightning_guard.evaluation.base import Bars, Curve, Evaluator, Evidence, Figure
 from lightning_guard.evaluation.certificate import Certificate
+from lightning_guard.evaluation.data_bias import describe_groups
 from lightning_guard.evaluation.efficiency import Efficiency
 from lightning_guard.evaluation.ensemble import Ensemble
 from lightning_guard.evaluation.fairness import Fairness
+from lightning_guard.evaluation.group_table import GroupTable
+from lightning_guard.evaluation.group_thresholds import GroupThresholds
 from lightning_guard.evaluation.poison import PoisonAudit
 from lightning_guard.evaluation.robustness import Robustness
 from lightning_guard.evaluation.subject import Subject
+from lightning_guard.evaluation.table import paired_change
 from lightning_guard.evaluation.task import Task
 
 EVALUATORS: dict[str, type[Evaluator]] = {
@@ -35,8 +39,12 @@ __all__ = [
     "Evidence",
     "Fairness",
     "Figure",
+    "GroupTable",
+    "GroupThresholds",
     "PoisonAudit",
     "Robustness",
     "Subject",
     "Task",
+    "describe_groups",
+    "paired_change",
 ]

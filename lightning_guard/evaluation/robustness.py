@@ -264,13 +264,17 @@ def _bars(subject: Subject, siege: Siege) -> Evidence:
     """Accuracy under attack of each class and of each group, and the worst class."""
     evidence, standing = Evidence(), siege.standing().cpu()
     y = torch.cat([chunk.y for chunk in siege.chunks]).cpu()
-    group = subject.outputs.group
+    kin = subject.families()
+    places = [("group" if len(kin) == 1 else f"group_{number}", one) for number, one in enumerate(kin)]
     worst = None
-    for key, of, which, name in (
-        ("class", y, "classes", subject.class_name),
-        ("group", None if group is None else group[: len(y)], "groups", subject.group_name),
+    for key, word, of, which, name in (
+        ("class", "class", y, "classes", subject.class_name),
+        *(
+            (key, "group" if len(kin) == 1 else one.name, one.group[: len(y)], "groups", one.names.__getitem__)
+            for key, one in places
+        ),
     ):
-        if of is None or len(of) < len(y):
+        if len(of) < len(y):
             continue
         shares = _shares(standing, of, name)
         kept = dict(sorted(shares.items(), key=lambda item: item[1])[:_MOST_BARS])
@@ -281,9 +285,9 @@ def _bars(subject: Subject, siege: Siege) -> Evidence:
             evidence.bars[f"robustness/by_{key}"] = Bars(
                 list(kept),
                 list(kept.values()),
-                f"Accuracy under attack by {key}",
+                f"Accuracy under attack by {word}",
                 "Accuracy under attack",
-                f"At eps {siege.threat.eps:.4g}, of the test examples of each {key}.",
+                f"At eps {siege.threat.eps:.4g}, of the test examples of each {word}.",
                 y_unit="fraction",
             )
         if key == "class" and shares:

@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_guard.batch import Batch
+from lightning_guard.evaluation.families import Family, Names, families, group_name
 from lightning_guard.guard import GuardConflict, Run, Step
 from lightning_guard.still import still
 
@@ -24,7 +25,8 @@ class Outputs(NamedTuple):
     Args:
         logits: ``(N,)`` for one logit, else ``(N, C, ...)``, in float32 or wider.
         target: ``(N,)`` or ``(N, ...)``; None if the batches have none.
-        group: whole numbers ``(N,)``, negative where unknown; None if the batches have none.
+        group: whole numbers ``(N,)``, or ``(N, A)`` of A attributes, negative where unknown; None if the batches
+            have none.
         lacking: why a target or group is None, by name.
     """
 
@@ -43,8 +45,9 @@ class Subject:
         module: a LightningModule, or any module that maps inputs to logits.
         loader: batches, as often as they are asked for: a DataLoader or a list.
         batch: how a batch is read and where the logits come from, if the defaults do not fit.
-        group_names: names of the groups, by their number.
-        class_names: names of the classes, by their number.
+        group_names: names of the groups, by their number; for several attributes a sequence of names for each.
+        class_names: names of the classes, or of several labels, by their number.
+        attribute_names: names of the attributes that the columns of the group are.
 
     Raises:
         ValueError: if ``loader`` can be read only once, or, when the first batch is needed, holds none.
@@ -69,13 +72,14 @@ class Subject:
         module: nn.Module,
         loader: Iterable[Any],
         batch: Batch | None = None,
-        group_names: Sequence[str] | None = None,
+        group_names: Names | None = None,
         class_names: Sequence[str] | None = None,
+        attribute_names: Sequence[str] | None = None,
     ):
         if isinstance(loader, Iterator):
             raise ValueError(f"loader={type(loader).__name__} can be read only once; give a DataLoader or a list")
         self.module, self.loader = module, loader
-        self.group_names, self.class_names = group_names, class_names
+        self.group_names, self.class_names, self.attribute_names = group_names, class_names, attribute_names
         self._run = Run(None, module, (), batch or Batch())  # type: ignore[arg-type]  # nobody trains here
 
     @contextmanager
@@ -120,7 +124,7 @@ class Subject:
             for step in self.batches():
                 parts["logits"].append(self.forward(step.inputs).cpu())
                 for name in {"target", "group"} - lacking.keys():
-                    part = self._read(step, name)
+                    part = part_of(step, name)
                     if isinstance(part, str):
                         lacking[name] = part
                     else:
@@ -141,28 +145,29 @@ class Subject:
         """Why ``kind`` is ``"unknown"``, as a sentence."""
         return self._kind[1]
 
-    def group_name(self, group: int) -> str:
+    @property
+    def multilabel(self) -> bool:
+        """Whether each example has several labels of 0 and 1, and a logit for each."""
+        logits, target, _, _ = self.outputs
+        if target is None or logits.dim() != 2 or target.shape != logits.shape:
+            return False
+        return bool(((target == 0) | (target == 1)).all())
+
+    def families(self, intersections: bool = False) -> list[Family]:
+        """The groups of each attribute, and the crossed ones if asked for; none if there is no group."""
+        group = self.outputs.group
+        if group is None:
+            return []
+        return families(group, self.group_names, self.attribute_names, intersections)
+
+    def group_name(self, group: int, attribute: int = 0) -> str:
         """The name of a group, or its number."""
-        return _named(group, self.group_names, "group")
+        return group_name(group, self.group_names, attribute)
 
     def class_name(self, label: int) -> str:
         """The name of a class, or its number."""
-        return _named(label, self.class_names, "class")
-
-    def _read(self, step: Step, name: str) -> Tensor | str:
-        """A part of the batch, or why there is none."""
-        try:
-            if self._run.batch.find(step.batch, name) is None:
-                return f"the batches have no {name}; if they do, say where with Batch({name}=...)"
-            part = getattr(step, name)
-        except (KeyError, GuardConflict) as error:
-            if getattr(self._run.batch, name) is not None:
-                raise
-            # Unstated, the third part of a batch may be anything, weights for instance.
-            return str(error.problems[0] if isinstance(error, GuardConflict) else error.args[0])
-        if isinstance(part, Tensor):
-            return part
-        return f"the {name} is a {type(part).__name__} and no tensor; say where with Batch({name}=...)"
+        names = self.class_names
+        return names[label] if names is not None and 0 <= label < len(names) else f"class {label}"
 
     @cached_property
     def _kind(self) -> tuple[Kind, str]:
@@ -203,5 +208,18 @@ def column(values: Tensor) -> Tensor:
     return values[:, 0] if values.dim() == 2 and values.shape[1] == 1 else values
 
 
-def _named(number: int, names: Sequence[str] | None, what: str) -> str:
-    return names[number] if names is not None and 0 <= number < len(names) else f"{what} {number}"
+def part_of(step: Step, name: str) -> Tensor | str:
+    """The target or group of a batch, or why there is none."""
+    batch = step.run.batch
+    try:
+        if batch.find(step.batch, name) is None:
+            return f"the batches have no {name}; if they do, say where with Batch({name}=...)"
+        part = getattr(step, name)
+    except (KeyError, GuardConflict) as error:
+        if getattr(batch, name) is not None:
+            raise
+        # Unstated, the third part of a batch may be anything, weights for instance.
+        return str(error.problems[0] if isinstance(error, GuardConflict) else error.args[0])
+    if isinstance(part, Tensor):
+        return part
+    return f"the {name} is a {type(part).__name__} and no tensor; say where with Batch({name}=...)"

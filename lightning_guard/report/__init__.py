@@ -20,18 +20,20 @@ __all__ = ["ReportError", "load_report", "write_report"]
 def write_report(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
     """Writes ``report.json``, ``metrics.csv``, ``report.md`` and ``report.html`` and returns the page's path.
 
-    ``results`` follows ``schema.json`` beside this module; its ``summary`` and ``checks`` are computed here.
+    ``results`` follows ``schema.json`` beside this module; its ``summary``, ``checks`` and ``fronts`` are computed
+    here.
     The same results give the same bytes. Each file is replaced in one step, the truth (``report.json``) first,
     so that a fault in a drawing cannot lose what was measured.
 
     Raises:
         ReportError: if ``results`` is not a version 1 comparison; names every problem, and nothing is written.
     """
-    from lightning_guard.report import document, html, markdown, summary, tables
+    from lightning_guard.report import document, front, html, markdown, summary, tables
 
     report = document.prepare(results)
     report["summary"] = summary.summarise(report)
     report["checks"] = summary.checks(report)
+    report["fronts"] = front.fronts(report)
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     renderers = {

@@ -73,6 +73,7 @@ def assembled(
         },
         "arms": [
             {"name": arm.name, "recipes": list(arm.recipes), "baseline": i == 0, "guards": guards.get(arm.name, [])}
+            | ({"sweep": dict(arm.sweep)} if arm.sweep else {})
             for i, arm in enumerate(arms)
         ],
         "figures": described("figures", ("value",)),

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_guard.evaluation import EVALUATORS, Evaluator
+from lightning_guard.evaluation.references import REFERENCES
 from lightning_guard.guard import Guard, guards_of
+from lightning_guard.recipe import nearest
 from lightning_guard.report import load_report, write_report
 from lightning_guard.report.assembly import assembled
-from lightning_guard.report.runs import Arm, ArmRun, Parts, describe, plain_text, sources_of
+from lightning_guard.report.beside import references as beside
+from lightning_guard.report.beside import swept_fairness
+from lightning_guard.report.described import described
+from lightning_guard.report.front import recognised
+from lightning_guard.report.paired import changes
+from lightning_guard.report.runs import Arm, ArmRun, Parts, card, describe, plain_text, sources_of
 from lightning_guard.report.transfer import transferred
 
 
@@ -31,6 +39,7 @@ def compare(
     evaluators: Sequence[Evaluator] | None = None,
     folder: str | os.PathLike[str] = "comparison",
     title: str = "Guarded and unguarded models",
+    references: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train every arm on the same seeds, initial weights and data order, and write what each gained and cost.
 
@@ -44,6 +53,8 @@ def compare(
         folder: where the report and the runs go. Finished runs are found there and kept, so an interrupted
             comparison goes on where it stopped.
         title: of the report.
+        references: methods of others to stand beside arms that differ in one option of the fairness guard:
+            ``threshold_optimizer``, ``exponentiated_gradient``.
 
     Returns:
         The content of ``report.json``; ``report.html``, ``report.md`` and ``metrics.csv`` lie beside it.
@@ -78,7 +89,7 @@ def compare(
     ]
     compare_arms(
         [Arm(name, building(own), {}, plain_text([common, described[name]])) for name, own in arms.items()],
-        range(seeds) if isinstance(seeds, int) else seeds, evaluators, folder, title
+        range(seeds) if isinstance(seeds, int) else seeds, evaluators, folder, title, references=references
     )  # fmt: skip
     return load_report(folder)
 
@@ -93,6 +104,7 @@ def compare_arms(
     workers: int = 1,
     argv: Sequence[str] | None = None,
     worker: bool = False,
+    references: Sequence[str] = (),
 ) -> Path:
     """Train and judge what is not yet there, then write the report; the form under :func:`compare`.
 
@@ -106,6 +118,7 @@ def compare_arms(
         workers: processes that share the runs; more than one needs ``argv``.
         argv: the command that starts a further worker on the same comparison.
         worker: this process is such a worker: it takes runs until none is left, and writes no report.
+        references: names of methods of others, see :func:`compare`.
 
     Returns:
         The path of ``report.html``.
@@ -118,23 +131,60 @@ def compare_arms(
     built = [arm.build([]) for arm in arms]  # before anything is trained: every arm can be
     judges = _evaluators(evaluators, [guard for parts in built for guard in guards_of(parts[0], parts[1])])
     shares_group = any(guard.needs_group for parts in built for guard in guards_of(parts[0], parts[1]))
+    arms = _with_sweeps(arms, built)
+    _check(references, arms)
     sources = [sources_of(parts) for parts in built]
     runs = [
         ArmRun(arm, seed, place, judges, shares_group, source)
         for seed in seeds
         for arm, source in zip(arms, sources, strict=True)
     ]
-    del built
     if worker:
+        del built
         for run in runs:
             if run.result() is None and run.claim():
                 run.carry_out(pl.Callback())
         return place
+    data = described(runs[0], built[0], place)
+    del built
     for run in runs:
         run.unclaim()
     _all(runs, workers, argv)
     finished = [result for run in runs if (result := run.result()) is not None]
-    return write_report(assembled(arms, seeds, finished, title, command, transferred(runs)), place)
+    document = assembled(arms, seeds, finished, title, command, transferred(runs))
+    if data is not None:
+        document["data"] = data
+    document["changes"] = [entry for entry in changes(runs) if entry["figure"] in document["figures"]]
+    if references:
+        document["references"] = beside(references, runs, place, Console(stderr=True).print)
+    return write_report(document, place)
+
+
+def _with_sweeps(arms: Sequence[Arm], built: Sequence[Parts]) -> list[Arm]:
+    """The arms, those that differ in one option alone as the sweep of it."""
+    cards = [
+        {
+            "name": arm.name,
+            "baseline": i == 0,
+            "sweep": arm.sweep,
+            "guards": [card(guard) for guard in guards_of(*parts[:2])],
+        }
+        for i, (arm, parts) in enumerate(zip(arms, built, strict=True))
+    ]
+    sweeps = recognised(cards)
+    return [replace(arm, sweep=sweeps.get(arm.name, arm.sweep)) for arm in arms]
+
+
+def _check(references: Sequence[str], arms: Sequence[Arm]) -> None:
+    for name in references:
+        if name not in REFERENCES:
+            known = nearest(name, REFERENCES) or f"; there are {', '.join(REFERENCES)}"
+            raise ValueError(f"references: nothing is named {name!r}{known}")
+    if references and not any(swept_fairness(arm) for arm in arms):
+        raise ValueError(
+            f"references={list(references)} stand beside a sweep of fairness, and there is none; add arms that differ "
+            "in one option of FairnessRegularization, max_gap say"
+        )
 
 
 def _all(runs: Sequence[ArmRun], workers: int, argv: Sequence[str] | None) -> None:

@@ -200,6 +200,16 @@ def _dangling(document: Mapping[str, Any]) -> Iterator[str]:
             if len(heights) != wanted:
                 yield f"{here}.bars.{key}: {len(heights)} values for {wanted} categories"
 
+    for position, change in enumerate(document.get("changes", ())):
+        yield from _unknown(f"changes[{position}].arm", [change["arm"]], names, "arms")
+        yield from _unknown(f"changes[{position}].figure", [change["figure"]], document["figures"], "figures")
+    references = document.get("references") or {"methods": {}, "runs": []}
+    for position, run in enumerate(references["runs"]):
+        here = f"references.runs[{position}]"
+        yield from _unknown(f"{here}.method", [run["method"]], references["methods"], "references.methods")
+    for position, bars in enumerate((document.get("data") or {"bars": []})["bars"]):
+        if len(bars["values"]) != len(bars["categories"]):
+            yield f"data.bars[{position}]: {len(bars['values'])} values for {len(bars['categories'])} categories"
     for key, matrix in document["matrices"].items():
         yield from _unknown(f"matrices.{key}.arms", matrix["arms"], names, "arms")
         sizes = [len(matrix["values"]), *map(len, matrix["values"])]

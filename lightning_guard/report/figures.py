@@ -33,6 +33,7 @@ def overview(document: Mapping[str, Any]) -> list[Picture]:
 def of_axes(document: Mapping[str, Any]) -> dict[str, list[Picture]]:
     """Draws, for every axis, its bars, its curves, and the task's headline against its own."""
     pictures: dict[str, list[Picture | None]] = {}
+    swept = {(front["x"], front["y"]) for front in document.get("fronts", ())}
     for kind, draw in (("bars", bars), ("curves", curves)):
         for axis, keys in by_axis(document[kind]).items():
             pictures.setdefault(axis, []).extend(draw(document, key) for key in keys)
@@ -41,7 +42,8 @@ def of_axes(document: Mapping[str, Any]) -> dict[str, list[Picture]]:
         first.setdefault(document["figures"][key]["axis"], key)
     if task := first.pop("task", None):
         for axis, key in first.items():
-            pictures.setdefault(axis, []).append(trade_off(document, key, task))
+            if (key, task) not in swept:  # a front shows it already, and more
+                pictures.setdefault(axis, []).append(trade_off(document, key, task))
     return {axis: [picture for picture in drawn if picture] for axis, drawn in pictures.items()}
 
 
@@ -180,7 +182,7 @@ def trade_off(document: Mapping[str, Any], key: str, task: str) -> Picture | Non
         axes.grid()
         marks.ticks(axes.xaxis, suffix_x, 5)
         marks.ticks(axes.yaxis, suffix_y, 5)
-        marks.titles(axes, _directed(figures[key], "\u2192", "\u2190"), _directed(figures[task], "\u2191", "\u2193"))
+        marks.titles(axes, directed(figures[key], "\u2192", "\u2190"), directed(figures[task], "\u2191", "\u2193"))
         marks.name_points(axes, {arm: (x / wide, y / high) for arm, (x, y) in means.items()}, 420, reference)
         title = f"{figures[task]['label']} against {figures[key]['label']}"
         said = "; ".join(
@@ -231,7 +233,8 @@ def _over(values: Sequence[float | None], step: float) -> list[float | None]:
     return [None if value is None else value / step for value in values]
 
 
-def _directed(figure: Mapping[str, Any], higher: str, lower: str) -> str:
+def directed(figure: Mapping[str, Any], higher: str, lower: str) -> str:
+    """Returns the label of a figure with an arrow to where it is better."""
     arrow = {"higher": f"  {higher} better", "lower": f"  {lower} better", None: ""}[figure["better"]]
     return elide(figure["label"], 44) + arrow
 

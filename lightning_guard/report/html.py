@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_guard.report import drawing, figures, verdict, view
+from lightning_guard.report import drawing, figures, front, groups, verdict, view
 from lightning_guard.report.summary import baseline
 
 if TYPE_CHECKING:
@@ -31,7 +31,11 @@ def page(document: Mapping[str, Any]) -> str:
             document=document,
             baseline=baseline(document),
             caution=verdict.warning(document),
+            changes=groups.changes(document),
+            changes_about=groups.reading(document),
+            data=groups.data(document),
             drawn=view.drawn(document),
+            fronts=front.pictures(document),
             looks=drawing.looks(document),
             matrices=view.matrices(document),
             notes=view.notes(document),
@@ -40,6 +44,7 @@ def page(document: Mapping[str, Any]) -> str:
             pictures=figures.of_axes(document),
             provenance=view.provenance(document),
             reading=view.reading(document),
+            references=front.told(document),
             sections=view.sections(document),
             verdicts=verdict.verdicts(document),
         )
@@ -55,4 +60,5 @@ def breakable(name: str) -> Markup:
     """
     from markupsafe import Markup
 
-    return Markup("<wbr>").join(re.split(r"(?<=[-+_/.])(?=\w)", name))
+    # A number stays whole: "max_gap=0.05".
+    return Markup("<wbr>").join(re.split(r"(?<=[-+_/])(?=\w)|(?<=\.)(?=[^\W\d])", name))

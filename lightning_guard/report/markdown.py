@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_guard.report import view
+from lightning_guard.report import front, groups, view
 from lightning_guard.report.summary import baseline
 from lightning_guard.report.verdict import verdicts, warning
 
@@ -18,6 +18,12 @@ def text(document: Mapping[str, Any]) -> str:
     """Returns ``report.md``: the same verdicts and tables as the page, without its drawings."""
     lines = [f"# {plain(document['title'])}", "", plain(view.opening(document)), ""]
     lines += [f"> **Note.** {plain(check)}\n" for check in document["checks"]]
+    if (data := groups.data(document)) is not None:
+        lines += ["## Data", ""]
+        for table in data.tables:
+            lines += [*_table(table.heads, table.texts), ""]
+        lines += [f"- {plain(line)}" for line in [*data.about, *data.notes]]
+        lines.append("")
     lines += ["## Verdict", ""]
     for verdict in verdicts(document):
         lines.append(f"- **{plain(verdict.arm)}**: {plain(' '.join(verdict.promises))}")
@@ -30,6 +36,20 @@ def text(document: Mapping[str, Any]) -> str:
             lines += [f"## {plain(section.title)}", "", *_axis(section, document), ""]
             lines += [f"- {plain(row.label)}: {plain(row.about)}" for row in section.rows if row.about]
             lines.append("")
+        if section.axis == "fairness" and (changes := groups.changes(document)):
+            lines += ["**Change of group gaps on the same examples.** " + plain(groups.reading(document)), ""]
+            heads = [arm["name"] for arm in document["arms"] if not arm["baseline"]]
+            rows = [(label, *map(_changed, cells)) for label, cells in changes.items()]
+            lines += [*_table(("Gap", *heads), rows), ""]
+        for one in (one for one in document.get("fronts", ()) if document["figures"][one["x"]]["axis"] == section.axis):
+            numbers = front.table(document, one)
+            lines += [f"**{plain(front.title_of(document, one))}.** {plain(front.about(document, one))}", ""]
+            lines += [
+                *_table(numbers.heads, numbers.texts),
+                "",
+                *(f"- {plain(line)}" for line in front.told(document)),
+                "",
+            ]
         for matrix in view.matrices(document).get(section.axis, []):
             rows = [(arm, *(text for text, _ in row)) for arm, row in zip(matrix.arms, matrix.cells, strict=True)]
             lines += [f"**{plain(matrix.label)}.** {plain(matrix.about)}", ""]
@@ -58,6 +78,14 @@ def plain(words: str) -> str:
     '\\\\<b\\\\>\\\\*x\\\\*\\\\</b\\\\> dp_sgd'
     """
     return _MARKUP.sub(lambda match: "\\" + match[0], words)
+
+
+def _changed(cell: groups.Change | None) -> str:
+    return (
+        "n/a"
+        if cell is None
+        else f"{cell.difference} ({', '.join(filter(None, (cell.span, cell.surety, cell.seeds)))})"
+    )
 
 
 def _axis(section: view.Section, document: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from lightning_guard.report.units import MINUS, scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Dots(NamedTuple):
@@ -123,6 +124,24 @@ def write(
     )
 
 
+def key(figure: Figure, x: float, y: float, look: Look, text: str) -> None:
+    """Draws a hollow mark of this look at ``x`` and ``y`` in points, and says beside it what it stands for."""
+    from matplotlib.lines import Line2D
+
+    width, height = figure.get_size_inches() * 72
+    mark = Line2D(
+        [x / width],
+        [y / height],
+        marker=look.marker,
+        markersize=7,
+        markerfacecolor="white",
+        markeredgecolor=look.colour,
+        markeredgewidth=1.4,
+    )
+    figure.add_artist(mark)
+    figure.text((x + 10) / width, y / height, text, fontsize=9, va="center_baseline")
+
+
 def titles(axes: Axes, x: str, y: str | None = None) -> None:
     """Names both axes, the upright one lying down, where it can be read."""
     axes.set_xlabel(x, fontsize=9, color=MUTED, labelpad=4)
@@ -175,18 +194,29 @@ def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], looks: Mappin
         )
 
 
-def name_points(axes: Axes, points: Mapping[str, tuple[float, float]], width: float, cross: str | None) -> None:
-    """Writes each arm's name beside its point, where it covers least of the others and of the lines at ``cross``."""
+def name_points(
+    axes: Axes,
+    points: Mapping[str, tuple[float, float]],
+    width: float,
+    cross: str | None,
+    others: Sequence[tuple[float, float]] = (),
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes each arm's name beside its point, where it covers least of all points and of the lines at ``cross``.
+
+    ``others`` are places without a name that should stay uncovered too; ``texts`` is written in place of names.
+    """
     _settle(axes)
     inside = axes.get_window_extent()
     page = Box(inside.x0, inside.y0, width - 4, inside.y1)
     centres = {arm: axes.transData.transform(point) for arm, point in points.items()}
     taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in centres.values()]
+    taken += [Box(x - 5, y - 5, x + 5, y + 5) for x, y in map(axes.transData.transform, others)]
     if cross in centres:
         x, y = centres[cross]
         taken += [Box(x - 1, page.bottom, x + 1, page.top), Box(page.left, y - 1, page.right, y + 1)]
     for arm, (x, y) in centres.items():
-        text = elide(arm, 26)
+        text = elide(texts[arm] if texts else arm, 26)
         places = {move: _box(text, x + move[0], y + move[1], move[2]) for move in _MOVES}
         costs = {move: 50 * box.outside(page) + sum(map(box.shared, taken)) for move, box in places.items()}
         dx, dy, side = best = min(_MOVES, key=costs.__getitem__)

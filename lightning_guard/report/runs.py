@@ -35,12 +35,15 @@ class Arm:
         build: makes fresh trainer, module and data each time, with these callbacks beside the arm's own.
         recipes: the recipes it is made of, with their sha256.
         config: text that changes whenever the arm does; with the seed it decides whether a finished run is reused.
+        sweep: for an arm that stands for one value of a sweep: its ``key``, its ``value``, the arm that it is one
+            ``of``, and ``also``, the keys and values of further sweeps.
     """
 
     name: str
     build: Callable[[list[pl.Callback]], Parts]
     recipes: Mapping[str, str] = field(default_factory=dict)
     config: str = ""
+    sweep: Mapping[str, Any] | None = None
 
 
 class ArmRun:
@@ -90,6 +93,7 @@ class ArmRun:
             loader[0] if isinstance(loader, list) else loader,
             batch=batch,
             group_names=getattr(data, "group_names", None),
+            attribute_names=getattr(data, "attribute_names", None),
             class_names=getattr(data, "class_names", None),
         )
         told = Evidence(notes=[f"{guard.name}: {note}" for guard in guards for note in guard.notes()])
@@ -102,7 +106,7 @@ class ArmRun:
             "arm": self.arm.name,
             "seed": self.seed,
             **asdict(evidence),
-            "guards": [_card(guard) for guard in guards],
+            "guards": [card(guard) for guard in guards],
             "initial_weights_sha256": witness.initial_weights,
             "data_order_sha256": witness.data_order,
             "data": data.provenance() if hasattr(data, "provenance") else {"name": type(data).__name__},
@@ -119,7 +123,8 @@ def batch_of(trainer: pl.Trainer, module: pl.LightningModule) -> Batch:
     return stated[0] if stated else getattr(module, "guard_batch", None) or Batch()
 
 
-def _card(guard: Guard) -> dict[str, Any]:
+def card(guard: Guard) -> dict[str, Any]:
+    """What a report says of a guard."""
     return {"name": guard.name, "promise": guard.promise, "options": json.loads(plain_text(guard.options()))}
 
 

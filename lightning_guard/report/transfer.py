@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lightning_guard.evaluation import Subject
 from lightning_guard.evaluation.subject import predicted
+from lightning_guard.report.again import kept_tensors, rebuilt
 from lightning_guard.report.runs import ArmRun, batch_of
 
 _KEYS = ("moved", "target", "standing", "predicted", "inputs")
+_NEEDED = {f"robustness/{key}" for key in _KEYS}
 _ABOUT = (
     "Accuracy of each arm (columns) on inputs that PGD attacked on each (rows), mean over seeds. Whoever attacks "
     "without seeing the model does it so; if that fools an arm more often than attacks on itself, its own "
@@ -80,28 +82,22 @@ def transferred(runs: Sequence[ArmRun]) -> dict[str, Any]:
 
 
 def _kept(run: ArmRun) -> dict[str, Tensor] | None:
-    path = run.folder / "tensors.pt"
-    if run.result() is None or not path.exists():
-        return None
-    tensors = torch.load(path, weights_only=True)
-    parts = {key: tensors.get(f"robustness/{key}") for key in _KEYS}
-    return None if any(part is None for part in parts.values()) else parts
+    tensors = kept_tensors(run)
+    return {key: tensors[f"robustness/{key}"] for key in _KEYS} if tensors.keys() >= _NEEDED else None
 
 
 def _again(run: ArmRun, found: Mapping[str, Tensor]) -> Subject | None:
     """The finished model of a run; None if it cannot be had back."""
-    trainer, module, _ = run.arm.build([])
-    subject = Subject(module, [(found["moved"], found["target"])], batch=batch_of(trainer, module))
-    try:
-        module.load_state_dict(torch.load(run.folder / "weights.pt", weights_only=True))
-        same = _share(_classes(subject, found["moved"]), found["predicted"]) > 0.98
-    except RuntimeError:  # keys or shapes that training changed
-        same = False
-    if not same:
-        result = run.result()
-        assert result is not None  # else nothing was kept of it
-        result["notes"].append("Transferred attacks were not judged here: training changed more than the weights.")
-    return subject if same else None
+    parts = rebuilt(run)
+    if parts is not None:
+        trainer, module, _ = parts
+        subject = Subject(module, [(found["moved"], found["target"])], batch=batch_of(trainer, module))
+        if _share(_classes(subject, found["moved"]), found["predicted"]) > 0.98:
+            return subject
+    result = run.result()
+    assert result is not None  # else nothing was kept of it
+    result["notes"].append("Transferred attacks were not judged here: training changed more than the weights.")
+    return None
 
 
 def _tell(name: str, others: Mapping[str, float], run: ArmRun, found: Mapping[str, Tensor]) -> None:

@@ -149,8 +149,8 @@ def test_what_it_says_is_plain(name):
         assert len(curve.x) == len(curve.y)
     for bars in evidence.bars.values():
         assert len(bars.categories) == len(bars.values) == len(set(bars.categories))
-    for low, high in evidence.intervals.values():
-        assert 0 <= low <= high <= 1
+    for key, (low, high) in evidence.intervals.items():
+        assert 0 <= low <= high <= (1 if evidence.figures[key].unit in ("fraction", "ratio") else math.inf)
     assert all(note.endswith(".") and (note[0].isupper() or note[0].isdigit()) for note in evidence.notes)
     for part in (*evidence.figures.values(), *evidence.curves.values(), *evidence.bars.values()):
         json.dumps(asdict(part), allow_nan=False)

@@ -72,6 +72,40 @@ def test_a_third_part_that_is_no_group_is_none():
         _ = Subject(nn.Identity(), [(torch.zeros(2), torch.ones(2), weights)], Batch(group=2)).outputs
 
 
+def test_several_attributes_are_columns():
+    x, y = torch.zeros(3), torch.ones(3)
+    group = torch.tensor([[0.0, 2.0], [1.0, torch.nan], [-1.0, 0.0]])
+    found = Subject(nn.Identity(), [(x, y, group)] * 2, group_names=[["f", "m"], ["a", "b", "c"]])
+    assert found.outputs.group.tolist() == [[0, 2], [1, -1], [-1, 0]] * 2
+    assert [found.group_name(1, attribute) for attribute in (0, 1)] == ["m", "b"]
+    sex, other = found.families()
+    assert (sex.names, sex.group.tolist()[:3]) == (["f", "m"], [0, 1, -1])
+    assert (other.names, other.group.tolist()[:3]) == (["a", "c"], [1, -1, 0])
+    crossed = found.families(intersections=True)[-1]
+    assert (crossed.name, crossed.names) == ("attribute 0, attribute 1", ["f, c"])
+    assert crossed.group.tolist()[:3] == [0, -1, -1]
+    one = Subject(nn.Identity(), [(x, y, group[:, :1])])
+    assert one.outputs.group.tolist() == [0, 1, -1]
+    assert len(one.families(intersections=True)) == 1
+    for shape in ((3, 2, 2), (3, 0)):
+        none = Subject(nn.Identity(), [(x, y, torch.zeros(shape))])
+        assert "a column of them for each attribute" in none.outputs.lacking["group"]
+        assert none.families() == []
+
+
+def test_several_labels_are_no_kind_of_their_own():
+    """What judges classes is not disturbed by them."""
+    assert subject(torch.zeros(4, 3), torch.ones(4, 3)).multilabel
+    assert subject(torch.zeros(4, 3), torch.ones(4, 3).long()).kind == "unknown"
+    for logits, target in (
+        (torch.zeros(4, 3), 2 * torch.ones(4, 3)),
+        (torch.zeros(4), torch.ones(4)),
+        (torch.zeros(4, 3), torch.ones(4).long()),
+        (torch.zeros(4), None),
+    ):
+        assert not subject(logits, target).multilabel
+
+
 def test_a_stated_place_is_read():
     batches = [{"pixels": torch.ones(2), "answer": torch.ones(2), "sex": torch.tensor([0.0, torch.nan])}]
     found = Subject(nn.Identity(), batches, Batch(inputs="pixels", target="answer", group="sex")).outputs

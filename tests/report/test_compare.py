@@ -25,9 +25,9 @@ JUDGES = [Task(), Fairness(), Efficiency(latency=False)]
 def arms():
     return {
         "none": [],
-        "fair": [FairnessRegularization(weight=4.0)],
+        "fair": [FairnessRegularization(mode="penalty", weight=4.0)],
         "small": [MagnitudePruning(0.7, every=1)],
-        "both": [MagnitudePruning(0.7, every=1), FairnessRegularization(weight=4.0)],
+        "both": [MagnitudePruning(0.7, every=1), FairnessRegularization(mode="penalty", weight=4.0)],
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lightning_guard as lg
-from lightning_guard.callbacks import AdversarialTraining, MagnitudePruning
+from lightning_guard.callbacks import AdversarialTraining, FeatureSqueezing, MagnitudePruning
 from lightning_guard.evaluation import Bars, Evidence, Figure, Robustness, Subject
 from lightning_guard.report import ReportError, document, html, load_report, markdown, summary, write_report
 from lightning_guard.report.transfer import transfer
@@ -114,6 +114,38 @@ def test_an_arm_that_others_fool_more_often_than_itself_is_doubted(tmp_path):
     report = lg.compare(PlainNet, Data, own, TRAINER, seeds=1, evaluators=judges, folder=tmp_path)
     assert [row[0] for row in report["matrices"]["robustness/transfer"]["values"]] == [None, None]
     assert "changed more than the weights" in report["runs"][0]["notes"][-1]
+
+
+def test_an_arm_that_squeezes_its_inputs_is_judged_with_its_squeezing(tmp_path):
+    """The steps of its inputs are no weight, yet they are what attacks from elsewhere have to get through."""
+    own = {"none": [], "squeezed": [FeatureSqueezing(bits=1)]}
+    judges = [Robustness(0.1, examples=40, steps=3, curve=())]
+    report = lg.compare(PlainNet, Data, own, TRAINER, seeds=1, evaluators=judges, folder=tmp_path)
+    matrix = report["matrices"]["robustness/transfer"]
+    kept = {name: torch.load(tmp_path / "runs" / name / "seed-0" / "tensors.pt", weights_only=True) for name in own}
+    net, y = PlainNet().eval(), rows()[1][:40]
+    net.load_state_dict(torch.load(tmp_path / "runs" / "squeezed" / "seed-0" / "weights.pt", weights_only=True))
+    told = []
+    for i, moved in enumerate(kept[name]["robustness/moved"] for name in own):
+        by_hand = (net((moved > 0.5).float()).argmax(1) == y).double().mean()  # one bit: rounded to 0 or 1
+        assert matrix["values"][i][1] == pytest.approx(float(by_hand))
+        told.append(float((net(moved).argmax(1) == y).double().mean()) != float(by_hand))
+    assert any(told)  # without the squeezing another accuracy would stand there
+    assert not any("changed more than the weights" in note for run in report["runs"] for note in run["notes"])
+
+
+def test_other_inputs_are_no_common_ground(tmp_path):
+    """What another arm was attacked on counts only if both were given the same inputs, normalised alike."""
+    own = {"none": [], "small": [MagnitudePruning(0.1)], "more": [MagnitudePruning(0.3)]}
+    judges = [Robustness(0.1, examples=40, steps=1, curve=())]
+    lg.compare(PlainNet, Data, own, TRAINER, seeds=1, evaluators=judges, folder=tmp_path)
+    path = tmp_path / "runs" / "more" / "seed-0" / "tensors.pt"
+    kept = torch.load(path, weights_only=True)
+    torch.save({**kept, "robustness/inputs": kept["robustness/inputs"] * 2 - 1}, path)
+    report = lg.compare(PlainNet, Data, own, TRAINER, seeds=1, evaluators=judges, folder=tmp_path)
+    values = report["matrices"]["robustness/transfer"]["values"]
+    assert [value is None for row in values for value in row] == [False, False, True, False, False, True, *[True] * 3]
+    assert "robustness/transfer" not in report["runs"][2]["values"]
 
 
 @pytest.mark.slow

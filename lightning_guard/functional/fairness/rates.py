@@ -5,8 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Notion = Literal["demographic_parity", "equal_opportunity", "equalized_odds"]
-NOTIONS: tuple[Notion, ...] = get_args(Notion)
+RateNotion = Literal["demographic_parity", "equal_opportunity", "equalized_odds"]
+RATE_NOTIONS: tuple[RateNotion, ...] = get_args(RateNotion)
 
 
 def positive_scores(logits: Tensor, steepness: float | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def positive_scores(logits: Tensor, steepness: float | None = None) -> Tensor:
 
 
 def rate_sums(
-    scores: Tensor, group: Tensor, target: Tensor | None, notion: Notion, num_groups: int | None = None
+    scores: Tensor, group: Tensor, target: Tensor | None, notion: RateNotion, num_groups: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Numerators and denominators of each group's rates: rates are their quotient, batches and ranks add up.
 
@@ -64,8 +64,8 @@ def rate_sums(
         >>> (sums / counts).tolist()
         [[0.5, 1.0]]
     """
-    if notion not in NOTIONS:
-        raise ValueError(f"notion={notion!r} is not known; give one of {', '.join(NOTIONS)}")
+    if notion not in RATE_NOTIONS:
+        raise ValueError(f"notion={notion!r} is not known; give one of {', '.join(RATE_NOTIONS)}")
     if num_groups is None:
         num_groups = int(group.max()) + 1 if len(group) else 0
     members = (group.reshape(-1, 1) == torch.arange(num_groups, device=group.device)).to(scores)
@@ -107,7 +107,7 @@ def group_gap(
     logits: Tensor,
     group: Tensor,
     target: Tensor | None = None,
-    notion: Notion = "demographic_parity",
+    notion: RateNotion = "demographic_parity",
     steepness: float | None = None,
 ) -> Tensor:
     """The gap between groups in a fairness notion, hard by default and differentiable with a ``steepness``.

@@ -13,7 +13,7 @@ from fairlearn.metrics import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_guard.functional import NOTIONS, group_gap, positive_scores, rate_gaps, rate_sums
+from lightning_guard.functional import RATE_NOTIONS, group_gap, positive_scores, rate_gaps, rate_sums
 
 FAIRLEARN = {
     "demographic_parity": demographic_parity_difference,
@@ -39,7 +39,7 @@ def population(seed: int, n: int = 200, groups: int = 3, classes: int = 2):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 5), st.integers(10, 300), st.sampled_from(NOTIONS))
+@given(st.integers(0, 10_000), st.integers(2, 5), st.integers(10, 300), st.sampled_from(RATE_NOTIONS))
 def test_hard_gaps_are_fairlearns(seed, groups, n, notion):
     logits, group, target = population(seed, n, groups)
     wanted = FAIRLEARN[notion](target.numpy(), (logits > 0).long().numpy(), sensitive_features=group.numpy())
@@ -50,7 +50,7 @@ def test_hard_gaps_are_fairlearns(seed, groups, n, notion):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 4), st.integers(3, 4), st.sampled_from(NOTIONS))
+@given(st.integers(0, 10_000), st.integers(2, 4), st.integers(3, 4), st.sampled_from(RATE_NOTIONS))
 def test_of_many_classes_the_worst_against_the_rest_counts(seed, groups, classes, notion):
     logits, group, target = population(seed, 120, groups, classes)
     wanted = max(
@@ -60,7 +60,7 @@ def test_of_many_classes_the_worst_against_the_rest_counts(seed, groups, classes
     assert group_gap(logits, group, target, notion).item() == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize("notion", NOTIONS)
+@pytest.mark.parametrize("notion", RATE_NOTIONS)
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("steepness", [None, 3.0])
 def test_parts_add_up_to_the_whole(notion, classes, steepness):
@@ -75,7 +75,7 @@ def test_parts_add_up_to_the_whole(notion, classes, steepness):
         torch.testing.assert_close(sum(part[i] for part in parts), whole[i])
 
 
-@pytest.mark.parametrize("notion", NOTIONS)
+@pytest.mark.parametrize("notion", RATE_NOTIONS)
 def test_sums_and_counts_are_what_counting_finds(notion):
     logits, group, target = population(3, 60, classes=3)
     scores = positive_scores(logits)
@@ -92,7 +92,7 @@ def test_sums_and_counts_are_what_counting_finds(notion):
             assert sums[r, g] == sum(logits[i].argmax() == r % 3 for i in members)
 
 
-@pytest.mark.parametrize("notion", NOTIONS)
+@pytest.mark.parametrize("notion", RATE_NOTIONS)
 def test_absent_and_unknown_groups_count_nowhere(notion):
     logits, group, target = population(1)
     gap = group_gap(logits, group, target, notion)
@@ -104,7 +104,7 @@ def test_absent_and_unknown_groups_count_nowhere(notion):
     assert torch.equal(group_gap(*more, torch.cat([target, torch.ones(5).long()]), notion), gap)
 
 
-@pytest.mark.parametrize("notion", NOTIONS)
+@pytest.mark.parametrize("notion", RATE_NOTIONS)
 @pytest.mark.parametrize("group", [[0, 0, 0], [-1, -1, -1], [2, -1, 2], []])
 def test_with_fewer_than_two_groups_there_is_no_gap(notion, group):
     group = torch.tensor(group, dtype=torch.long)
@@ -125,7 +125,7 @@ def test_a_rate_without_examples_contributes_nothing():
     assert (torch.autograd.grad(soft, logits)[0] == 0).all()
 
 
-@pytest.mark.parametrize("notion", NOTIONS)
+@pytest.mark.parametrize("notion", RATE_NOTIONS)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_soft_gradient_is_that_of_finite_differences(notion, classes):
     logits, group, target = population(2, 30, classes=classes)
@@ -138,7 +138,7 @@ def test_the_soft_gradient_is_that_of_finite_differences(notion, classes):
     torch.testing.assert_close(scores.detach().squeeze(1), one)
 
 
-@pytest.mark.parametrize("notion", NOTIONS)
+@pytest.mark.parametrize("notion", RATE_NOTIONS)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_steep_surrogate_is_the_hard_rate(notion, classes):
     logits, group, target = population(4, classes=classes)
