@@ -11,9 +11,25 @@ from torch import Tensor
 from lightning_guard.functional import NOTIONS, Notion
 from lightning_guard.functional.fairness import OF_NUMBERS, Census
 from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait, callbacks_of
-from lightning_guard.parity import Choice, Constraint, Mode, Penalty, Seen, count, measure
+from lightning_guard.parity import (
+    HSIC,
+    MMD,
+    Adversary,
+    Choice,
+    Constraint,
+    Counterfactual,
+    GroupDRO,
+    Mode,
+    Penalty,
+    Reweigh,
+    Seen,
+    count,
+    measure,
+)
 
-Kind = Literal["constraint", "penalty"]
+Kind = Literal["constraint", "penalty", "group_dro", "reweigh", "mmd", "hsic", "adversarial", "counterfactual"]
+_WEIGHTED = ("penalty", "mmd", "hsic", "adversarial", "counterfactual")
+_COUPLED = ("penalty", "group_dro", "mmd", "hsic", "adversarial")  # an example's term depends on others of its batch
 
 
 class FairnessRegularization(Guard):
@@ -37,13 +53,21 @@ class FairnessRegularization(Guard):
         notion: what is compared, see the table in ``docs/fairness.md``.
         max_gap: the largest difference between groups, a fraction (``mean_parity``: in units of the target;
             ``bounded_group_loss``: the largest mean loss of a group); infinity switches the guard off.
-        mode: ``constraint``; or ``penalty``, which weighs the squared gap and promises no bound.
-        weight: of a penalty, nats per squared gap; 0 switches it off and still logs the gap.
+        mode: ``constraint``. The others promise no bound: ``penalty`` weighs the squared gap; ``group_dro`` trains on
+            the worst group (Sagawa et al., 2020); ``reweigh`` makes group and class independent (Kamiran and Calders,
+            2012); ``mmd`` and ``hsic`` make outputs, or a layer's, independent of the group; ``adversarial`` hides it
+            from a head that guesses it (Zhang et al., 2018); ``counterfactual`` compares pairs of
+            ``GuardMixin.guard_counterfactual``.
+        weight: of ``penalty`` (nats per squared gap), ``mmd``, ``hsic``, ``adversarial`` and ``counterfactual``; 0
+            switches it off.
+        layer: submodule whose outputs ``mmd``, ``hsic`` and ``adversarial`` look at; None is the logits.
+        continuous: the group is a quantity, e.g. an age; for ``hsic``.
         margin: how far below ``max_gap`` to aim; None is one standard error of the gap on the training data.
         intersections: with several attributes, bound the gap between the groups of all of them at once as well.
         min_support: rates of fewer training examples are not bounded; a warning names them.
         steepness: :math:`k`. Large moves examples near the boundary only, and keeps more of the ranking.
-        step_size: of the multipliers: how much they rise in an epoch for a gap that is 1 too wide.
+        step_size: of the multipliers, how fast they rise in an epoch for a gap that is too wide, None is 4; of
+            ``group_dro``, in each step, None is 0.01.
         memory: of the running rates, in epochs.
         cap: largest multiplier.
         warmup: time before multipliers rise, as a fraction of training (float) or in optimizer steps (int).
@@ -88,11 +112,13 @@ class FairnessRegularization(Guard):
         max_gap: float | None = None,
         mode: Kind = "constraint",
         weight: float | None = None,
+        layer: str | None = None,
+        continuous: bool = False,
         margin: float | None = None,
         intersections: bool = False,
         min_support: int = 30,
         steepness: float = 3.0,
-        step_size: float = 4.0,
+        step_size: float | None = None,
         memory: float | None = None,
         cap: float = 20.0,
         warmup: int | float = 0.1,
@@ -104,24 +130,30 @@ class FairnessRegularization(Guard):
             raise ValueError(f"mode={mode!r} is not known; give one of {', '.join(get_args(Kind))}")
         if notion not in NOTIONS:
             raise ValueError(f"notion={notion!r} is not known; give one of {', '.join(NOTIONS)}")
-        if mode == "constraint" and weight is not None:
-            raise ValueError(f"weight={weight} is of a penalty; give mode='penalty', or max_gap alone")
+        if weight is not None and mode not in _WEIGHTED:
+            also = "; it is of a penalty: give mode='penalty', or max_gap alone" if mode == "constraint" else ""
+            raise ValueError(f"weight={weight} says nothing to mode={mode!r}{also}; leave it out")
+        if notion != "demographic_parity" and mode not in ("constraint", "penalty", "adversarial"):
+            raise ValueError(f"notion={notion!r} says nothing to mode={mode!r}; leave it out")
+        if mode == "adversarial" and notion not in ("demographic_parity", "equalized_odds"):
+            raise ValueError(f"notion={notion!r} is not built for mode='adversarial'; give equalized_odds, or none")
+        if layer is not None and mode not in ("mmd", "hsic", "adversarial"):
+            raise ValueError(f"layer={layer!r} says nothing to mode={mode!r}; leave it out")
+        if continuous and mode != "hsic":
+            raise ValueError(f"continuous={continuous} needs mode='hsic'; mode={mode!r} compares groups")
         if mode != "constraint" and max_gap is not None:
             raise ValueError(f"max_gap={max_gap} is promised by mode='constraint' alone; mode={mode!r} takes a weight")
-        max_gap = (
-            0.05
-            if max_gap is None and mode == "constraint" and notion not in ("bounded_group_loss", "mean_parity")
-            else max_gap
-        )
+        if max_gap is None and mode == "constraint" and notion not in ("bounded_group_loss", "mean_parity"):
+            max_gap = 0.05  # a fraction; of losses and numbers nobody but the user knows the unit
         if mode == "constraint" and (max_gap is None or not max_gap > 0):
             raise ValueError(f"max_gap={max_gap} with notion={notion!r} is no bound; give a positive number")
-        weight = 2.0 if weight is None and mode != "constraint" else weight
+        weight = (2.0 if mode == "penalty" else 1.0) if weight is None and mode in _WEIGHTED else weight
         if weight is not None and not 0 <= weight < float("inf"):
             raise ValueError(f"weight={weight} would reward or overflow the gap; give a finite number of at least 0")
         if mode == "penalty" and notion in ("quantile_parity", "calibration"):
             raise ValueError(f"notion={notion!r} has no squared gap of running rates; give mode='constraint'")
         for option, value in (("steepness", steepness), ("step_size", step_size), ("cap", cap)):
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{option}={value} moves nothing towards parity; give a positive number")
         if memory is not None and memory < 0:
             raise ValueError(f"memory={memory} is no time; give a number of epochs, at least 0")
@@ -133,11 +165,12 @@ class FairnessRegularization(Guard):
             raise ValueError(f"warmup={warmup} is no time; give a fraction in [0.0, 1.0] or a number of steps")
         self.notion: Notion = notion
         self.max_gap, self.mode, self.weight, self.margin = max_gap, mode, weight, margin
+        self.layer, self.continuous = layer, continuous
         self.intersections, self.min_support, self.steepness = intersections, min_support, steepness
         self.step_size, self.memory, self.cap, self.warmup = step_size, memory, cap, warmup
         self.select, self.thresholds, self.batch = select, thresholds, batch
-        bounds = mode == "constraint"
-        self.traits = frozenset({Trait.REMEMBERS_DATA} if bounds else {Trait.COUPLES_EXAMPLES, Trait.REMEMBERS_DATA})
+        coupled = {Trait.COUPLES_EXAMPLES} if mode in _COUPLED else set()
+        self.traits = frozenset({Trait.REMEMBERS_DATA} | coupled)
         self._state: Mapping[str, Any] | None = None
         self._fresh()
 
@@ -176,16 +209,8 @@ class FairnessRegularization(Guard):
         self._run = run
         if self.off:
             return
-        if self.mode == "penalty":
-            memory = 0.1 if self.memory is None else self.memory
-            self._mode = Penalty(self.notion, float(self.weight or 0.0), self.steepness, memory)
-        else:
-            memory = 0.5 if self.memory is None else self.memory
-            assert self.max_gap is not None
-            self._mode = Constraint(
-                self.notion, self.max_gap, self.margin, self.steepness, self.step_size, memory, self.cap,
-                self.min_support,
-            )  # fmt: skip
+        self._mode = self._made()
+        run.undo.callback(self._mode.end)
         if state:
             self._mode.restore(state["mode"])
             self._choice.restore(state["choice"])
@@ -194,14 +219,39 @@ class FairnessRegularization(Guard):
                 self._census.restore(state["census"])
                 self._limits = state["thresholds"]
 
+    def _made(self) -> Mode:
+        weight = float(self.weight or 0.0)
+        if self.mode == "constraint":
+            assert self.max_gap is not None
+            memory = 0.5 if self.memory is None else self.memory
+            return Constraint(
+                self.notion, self.max_gap, self.margin, self.steepness, self.step_size or 4.0, memory, self.cap,
+                self.min_support,
+            )  # fmt: skip
+        if self.mode == "penalty":
+            return Penalty(self.notion, weight, self.steepness, 0.1 if self.memory is None else self.memory)
+        if self.mode == "group_dro":
+            return GroupDRO(self.step_size or 0.01)
+        if self.mode == "reweigh":
+            return Reweigh()
+        if self.mode == "mmd":
+            return MMD(weight, self.layer)
+        if self.mode == "hsic":
+            return HSIC(weight, self.layer, self.continuous)
+        if self.mode == "adversarial":
+            return Adversary(weight, self.layer, conditional=self.notion == "equalized_odds")
+        return Counterfactual(weight)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.off:
             return
-        assert self._run is not None and self._mode is not None
+        assert self._run is not None
+        assert self._mode is not None
         if self._census is None:
-            self._census, numbers = count(self._run, self.intersections)
+            self._census, numbers = count(self._run, self.intersections, self.continuous)
             self._limits = numbers.quantile(torch.arange(0.1, 1.0, 0.1)) if len(numbers) else torch.zeros(0)
-            self._judge_groups(self._census)
+            if not self.continuous:
+                self._judge_groups(self._census)
         if self.thresholds is not None:
             self._limits = torch.tensor(self.thresholds, dtype=torch.float32)
         if self.notion == "quantile_parity" and not len(self._limits):
@@ -213,7 +263,8 @@ class FairnessRegularization(Guard):
     def _judge_groups(self, census: Census) -> None:
         if census.groups == len(census.families.unique()):  # at most one group an attribute
             raise GuardConflict(
-                f"{self.name}: {census.groups} groups of {len(census.values)} attributes in {census.total:.0f} training examples leave nothing to compare; "
+                f"{self.name}: {census.groups} groups of {len(census.values)} attributes in {census.total:.0f} "
+                "training examples leave nothing to compare; "
                 "say where the group is with Batch(group=...), or leave the guard out"
             )
         if self.mode != "constraint":
@@ -232,8 +283,12 @@ class FairnessRegularization(Guard):
     # In training --------------------------------------------------------------------------------------------------
 
     def on_loss(self, step: Step) -> Tensor:
-        assert step.loss is not None and self._census is not None and self._mode is not None
-        logits, group = step.logits, step.group
+        assert step.loss is not None
+        assert self._census is not None
+        assert self._mode is not None
+        logits = step.logits
+        attribute = step.attribute if self.mode == "hsic" else torch.zeros(0)
+        group = torch.zeros(len(attribute), 0) if self.continuous else step.group
         if len(group) != len(logits):
             raise GuardConflict(
                 f"{self.name}: {len(group)} groups for {len(logits)} rows of logits; an example has one each"
@@ -241,14 +296,14 @@ class FairnessRegularization(Guard):
         known = step.run.batch.find(step.batch, "target") is not None
         target = step.target if known or self.notion != "demographic_parity" else None
         self._refuse(target, logits)
-        members = self._census.members(group)
+        members = group if self.continuous else self._census.members(group)
         if isinstance(self._mode, Constraint):
             self._mode.active = self._warm(step.run)
-        term = self._mode.term(Seen(step, self._census, logits.float(), target, members, step.attribute))
+        term = self._mode.term(Seen(step, self._census, logits.float(), target, members, attribute))
         return step.loss if term is None or self.weight == 0 else step.loss + term
 
     def _refuse(self, target: Any, logits: Tensor) -> None:
-        if not isinstance(target, Tensor):
+        if not isinstance(target, Tensor) or self.mode not in ("constraint", "penalty"):
             return
         numbers = target.is_floating_point() and not bool(((target == 0) | (target == 1)).all())
         if numbers and self.notion not in (*OF_NUMBERS, "bounded_group_loss"):
@@ -258,8 +313,8 @@ class FairnessRegularization(Guard):
             )
         if target.dim() > 1 and target.shape[1] > 1 and target.shape != logits.shape:
             raise GuardConflict(
-                f"{self.name}: targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits.shape)}; "
-                "give one class an example, or as many labels as logits"
+                f"{self.name}: targets of shape {tuple(target.shape)} do not fit logits of shape "
+                f"{tuple(logits.shape)}; give one class an example, or as many labels as logits"
             )
 
     def _warm(self, run: Run) -> bool:
@@ -275,7 +330,8 @@ class FairnessRegularization(Guard):
         if not self.select or not all(guard.settled(run) for guard in run.guards):
             return
         training = measure(trainer, pl_module, [trainer.train_dataloader], int(trainer.num_training_batches), mode)
-        assert training is not None and self.max_gap is not None
+        assert training is not None
+        assert self.max_gap is not None
         held = trainer.val_dataloaders
         loaders = held if isinstance(held, list | tuple) else [] if held is None else [held]
         validation = measure(trainer, pl_module, loaders, 1 << 60, mode)

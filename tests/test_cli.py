@@ -97,8 +97,8 @@ MISTAKES = [
     ("guards:\n  fairnes: {}", "2: unknown option 'fairnes' of guards; did you mean 'fairness'?"),
     ("gaurds: {}", "1: unknown section or option 'gaurds'; did you mean 'guards'?"),
     (
-        "guards.fairness.weight: 1",
-        "1: unknown section or option 'guards.fairness.weight'; write nested sections instead of dots",
+        "guards.fairness.steepness: 1",
+        "1: unknown section or option 'guards.fairness.steepness'; write nested sections instead of dots",
     ),
     ("guards: null", "1: guards is a section of options, not null; to switch a guard off, give null to that guard"),
     (
@@ -107,8 +107,8 @@ MISTAKES = [
     ),
     ("evaluate:\n  robustnes: null", "2: unknown option 'robustnes' of evaluate; did you mean 'robustness'?"),
     # types
-    (FAIRNESS + "weight: heavy", "5: weight='heavy' of guards.fairness must be a number"),
-    (FAIRNESS + "weight: null", "5: weight=null of guards.fairness must be a number"),
+    (FAIRNESS + "steepness: heavy", "5: steepness='heavy' of guards.fairness must be a number"),
+    (FAIRNESS + "steepness: null", "5: steepness=null of guards.fairness must be a number"),
     (FAIRNESS + "notion: parity", "5: notion='parity' of guards.fairness must be 'demographic_parity' or"),
     ("guards:\n  fairness: true", "2: guards.fairness takes a class or its options, or null, not true"),
     ("guards:\n  magnitude_pruning:\n    ignore: head", "3: ignore='head' of guards.magnitude_pruning must be a list"),
@@ -144,7 +144,7 @@ MISTAKES = [
     ("trainer:\n  gradient_clip_algorithm: foo", "2: trainer: `gradient_clip_algorithm` foo is invalid."),
     ("evaluate:\n  robustness:\n    eps: 0", "3: evaluate.robustness: eps=0"),
     # the file
-    (FAIRNESS + "weight: 1\n      weight: 2", "6: 'weight' is there already in line 5; keep one of them"),
+    (FAIRNESS + "steepness: 1\n      steepness: 2", "6: 'steepness' is there already in line 5; keep one of them"),
     ("guards: {fairness: [}", "1: no valid YAML: expected the node content, but found '}'"),
     ("# a\n# lightning-guard: 9\nguards: {}", "2: recipe format 9 is not known to"),
 ]
@@ -175,11 +175,14 @@ def test_a_mistake_in_a_file_is_answered_in_one_line(text, answer, capsys):
         ),
         (["--guards.fairness.wieght=1"], "--guards.fairness.wieght: unknown option 'wieght' of guards.fairness; did"),
         (
-            ["--guards.fairness.weight", "heavy"],
-            "--guards.fairness.weight: weight='heavy' of guards.fairness must be a number",
+            ["--guards.fairness.steepness", "heavy"],
+            "--guards.fairness.steepness: steepness='heavy' of guards.fairness must be a number",
         ),
-        (["--guards.fairness.weight", "-1"], "--guards.fairness.weight: guards.fairness: weight=-1.0 would reward"),
-        (["--guards.fairness.weight"], "argument --guards.fairness: expected one argument"),
+        (
+            ["--guards.fairness.steepness", "-1"],
+            "--guards.fairness.steepness: guards.fairness: steepness=-1.0 moves nothing",
+        ),
+        (["--guards.fairness.steepness"], "argument --guards.fairness: expected one argument"),
         (["--model", "tests.toys.PlainNett"], "--model: no class 'PlainNett' in tests.toys; did you mean 'PlainNet'?"),
         (["--data-dir", "x"], "--data.data_dir: unknown option 'data_dir' of data"),
     ],
@@ -223,11 +226,11 @@ def test_a_conflict_is_told_without_traceback(capsys):
 
 
 def test_files_merge_by_key_in_any_order():
-    write("guards: {fairness: {init_args: {weight: 7}}, magnitude_pruning: {every: 3}}", "partial.yaml")
+    write("guards: {fairness: {init_args: {steepness: 7}}, magnitude_pruning: {every: 3}}", "partial.yaml")
     orders = [["partial.yaml", "fairness", "pruning"], ["fairness", "pruning", "partial.yaml"]]
     first, second = (guards(*(part for name in order for part in ("--recipe", name))) for order in orders)
     assert set(first) == set(second) == {"fairness", "magnitude_pruning"}
-    assert (first["fairness"]["weight"], second["fairness"]["weight"]) == (2.0, 7.0)  # what is said later counts
+    assert (first["fairness"]["steepness"], second["fairness"]["steepness"]) == (3.0, 7.0)  # what is said later counts
     assert (first["magnitude_pruning"]["every"], second["magnitude_pruning"]["every"]) == (10, 3)
     assert guards("-c", "fairness", "-c", "pruning") == guards("-c", "pruning", "-c", "fairness")
 
@@ -235,9 +238,9 @@ def test_files_merge_by_key_in_any_order():
 def test_null_switches_off_and_options_override():
     assert set(guards("--recipe", "fair-and-small", "--guards.fairness", "null")) == {"magnitude_pruning"}
     assert set(guards("--recipe", "fair-and-small", "-c", write("guards: {fairness: null}"))) == {"magnitude_pruning"}
-    assert guards("--recipe", "fairness", "--guards.fairness.weight", "3")["fairness"]["weight"] == 3
-    assert guards("--recipe", "fairness", "--guards.fairness.init_args.weight=3")["fairness"]["weight"] == 3
-    assert guards("-c", write("guards: {fairness: {weight: 1e-3}}"))["fairness"]["weight"] == 0.001
+    assert guards("--recipe", "fairness", "--guards.fairness.steepness", "3")["fairness"]["steepness"] == 3
+    assert guards("--recipe", "fairness", "--guards.fairness.init_args.steepness=3")["fairness"]["steepness"] == 3
+    assert guards("-c", write("guards: {fairness: {steepness: 1e-3}}"))["fairness"]["steepness"] == 0.001
 
 
 def test_every_spelling_of_on_is_on():
@@ -646,7 +649,7 @@ SWEPT = ["--arm", "none", "--arm", "fairness", "--sweep"]
             [*TWO, "--recipe", "fairness"],
             "lightning_guard/recipes/fairness.yaml:4: fairness is switched on for every arm",
         ),
-        ([*TWO, "--guards.fairness.weight", "1"], "--guards.fairness.weight: no arm switches fairness on"),
+        ([*TWO, "--guards.fairness.steepness", "1"], "--guards.fairness.steepness: no arm switches fairness on"),
         (
             [*TWO, "--trainer.callbacks=lightning_guard.callbacks.MagnitudePruning"],
             "--trainer.callbacks: magnitude_pruning is among the callbacks of every arm",
@@ -673,15 +676,15 @@ def test_what_makes_no_comparison_is_refused(args, answer, compared, capsys):
     ("sweep", "answer"),
     [
         ("fairness.weigth=1,2", "fairness.weigth: unknown option 'weigth' of guards.fairness; did you mean 'weight'?"),
-        ("fairness.weight=1,x", "fairness.weight: weight='x' of guards.fairness must be a number"),
-        ("fairness.weight=1,-2", "fairness.weight: guards.fairness: weight=-2.0 would"),
+        ("fairness.steepness=1,x", "fairness.steepness: steepness='x' of guards.fairness must be a number"),
+        ("fairness.steepness=1,-2", "fairness.steepness: guards.fairness: steepness=-2.0 moves"),
         ("fairnes.weight=1", "fairnes.weight: no arm switches fairnes on; name a recipe that does in --arm; did you"),
         ("dp_sgd.delta=1,2", "dp_sgd.delta: no arm switches dp_sgd on; name a recipe that does in --arm"),
         ("batch.target=1,2", "batch.target: sweeps an option of one guard; write --sweep guards.NAME.OPTION=VALUE"),
         ("fairness=1", "fairness: sweeps an option of one guard"),
-        ("fairness.weight", "fairness.weight: has no values"),
-        ("fairness.weight=1,,2", "fairness.weight: lacks a value"),
-        ("fairness.weight=1,2,1", "fairness.weight: 1,2,1 has a value twice"),
+        ("fairness.steepness", "fairness.steepness: has no values"),
+        ("fairness.steepness=1,,2", "fairness.steepness: lacks a value"),
+        ("fairness.steepness=1,2,1", "fairness.steepness: 1,2,1 has a value twice"),
     ],
 )
 def test_what_makes_no_sweep_is_refused(sweep, answer, compared, capsys):
@@ -693,22 +696,27 @@ def test_what_makes_no_sweep_is_refused(sweep, answer, compared, capsys):
 @pytest.mark.parametrize(
     ("more", "answer"),
     [
-        (["--sweep", "guards.fairness.weight=3"], "is swept twice; give all its values to one --sweep"),
-        (["--guards.fairness.weight", "3"], "--guards.fairness.weight states it for every arm; leave out one of them"),
+        (["--sweep", "guards.fairness.steepness=3"], "is swept twice; give all its values to one --sweep"),
+        (
+            ["--guards.fairness.steepness", "3"],
+            "--guards.fairness.steepness states it for every arm; leave out one of them",
+        ),
     ],
 )
 def test_a_sweep_is_stated_once(more, answer, compared, capsys):
-    code, _, err = said(capsys, "compare", *TOY, *SWEPT, "guards.fairness.weight=1,2", *more)
+    code, _, err = said(capsys, "compare", *TOY, *SWEPT, "guards.fairness.steepness=1,2", *more)
     assert (code, compared) == (2, {})
-    assert err == f"--sweep guards.fairness.weight: {answer}"
+    assert err == f"--sweep guards.fairness.steepness: {answer}"
 
 
 def test_a_baseline_is_not_swept_and_names_differ(compared, capsys):
-    _, _, err = said(capsys, "compare", *TOY, "--arm", "fairness", *SWEPT, "guards.fairness.weight=1,2")
-    assert err.startswith("--sweep guards.fairness.weight: the first arm, fairness, switches fairness on")
+    _, _, err = said(capsys, "compare", *TOY, "--arm", "fairness", *SWEPT, "guards.fairness.steepness=1,2")
+    assert err.startswith("--sweep guards.fairness.steepness: the first arm, fairness, switches fairness on")
     assert err.endswith("put --arm none before it")
-    _, _, err = said(capsys, "compare", *TOY, *SWEPT, "guards.fairness.weight=1", "--arm", "fairness weight=1=pruning")
-    assert err.startswith("two of the arms none, fairness weight=1, fairness weight=1 have one name")
+    _, _, err = said(
+        capsys, "compare", *TOY, *SWEPT, "guards.fairness.steepness=1", "--arm", "fairness steepness=1=pruning"
+    )
+    assert err.startswith("two of the arms none, fairness steepness=1, fairness steepness=1 have one name")
     _, _, err = said(capsys, "compare", *TOY, *SWEPT, "trainer.max_epochs=1,2")
     assert err.startswith("--sweep trainer.max_epochs: sweeps an option of one guard")
     assert compared == {}
@@ -724,7 +732,11 @@ def test_a_mistake_in_a_sweep_is_told_once(compared, capsys):
 def test_a_sweep_makes_an_arm_of_each_value(compared, monkeypatch):
     monkeypatch.setattr(arms, "rehearse", lambda *_, **__: Rehearsal())
     args = [*TWO, "--arm", "both=fairness+pruning"]
-    sweeps = ["--sweep", "guards.fairness.init_args.weight=0.5,2", "--sweep=guards.magnitude_pruning.sparsity=3e-1,0.6"]
+    sweeps = [
+        "--sweep",
+        "guards.fairness.init_args.steepness=0.5,2",
+        "--sweep=guards.magnitude_pruning.sparsity=3e-1,0.6",
+    ]
     assert main(["compare", *TOY, *args, *sweeps, "--reference", "exponentiated_gradient"]) == 0
     assert compared["references"] == ["exponentiated_gradient"]
     found = {
@@ -733,7 +745,7 @@ def test_a_sweep_makes_an_arm_of_each_value(compared, monkeypatch):
     }
     assert {
         name: [getattr(own.get(guard), option, None) for guard, option in
-               (("fairness", "weight"), ("magnitude_pruning", "sparsity"))]
+               (("fairness", "steepness"), ("magnitude_pruning", "sparsity"))]
         for name, own in found.items()
     } == {
         "none": [None, None],
@@ -743,7 +755,7 @@ def test_a_sweep_makes_an_arm_of_each_value(compared, monkeypatch):
     }  # fmt: skip
     assert compared["arms"]["none"].sweep is None
     assert compared["arms"]["both weight=2 sparsity=0.6"].sweep == {
-        "of": "both", "key": "guards.fairness.weight", "value": 2,
+        "of": "both", "key": "guards.fairness.steepness", "value": 2,
         "also": [{"key": "guards.magnitude_pruning.sparsity", "value": 0.6}],
     }  # fmt: skip
     assert compared["arms"]["pruning sparsity=3e-1"].sweep["value"] == 0.3

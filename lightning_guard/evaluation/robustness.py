@@ -267,13 +267,13 @@ def _bars(subject: Subject, siege: Siege) -> Evidence:
     kin = subject.families()
     places = [("group" if len(kin) == 1 else f"group_{number}", one) for number, one in enumerate(kin)]
     worst = None
-    for key, word, of, which, name in (
-        ("class", "class", y, "classes", subject.class_name),
-        *(
-            (key, "group" if len(kin) == 1 else one.name, one.group[: len(y)], "groups", one.names.__getitem__)
-            for key, one in places
-        ),
-    ):
+    parts: list[tuple[str, str, Tensor, str, Callable[[int], str]]] = [
+        ("class", "class", y, "classes", subject.class_name)
+    ]
+    for key, one in places:
+        word = "group" if len(kin) == 1 else one.name
+        parts.append((key, word, one.group[: len(y)], "groups", _reader(one.names)))
+    for key, word, of, which, name in parts:
         if len(of) < len(y):
             continue
         shares = _shares(standing, of, name)
@@ -300,3 +300,7 @@ def _bars(subject: Subject, siege: Siege) -> Evidence:
 
 def _shares(standing: Tensor, of: Tensor, name: Callable[[int], str]) -> dict[str, float]:
     return {name(int(k)): float(standing[of == k].double().mean()) for k in of.unique() if k >= 0}
+
+
+def _reader(names: Sequence[str]) -> Callable[[int], str]:
+    return lambda number: names[number]

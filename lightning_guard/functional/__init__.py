@@ -1,10 +1,6 @@
 """The mathematics of the safeguards: plain torch, usable without Lightning, importing nothing of ours but itself."""
 
 from lightning_guard.functional.attacks import ThreatModel, fgsm, n_fgsm, n_fgsm_threat, pgd, search
-from lightning_guard.functional.losses import example_losses
-from lightning_guard.functional.masks import bit_mask, clear_, cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
-from lightning_guard.functional.poison import activation_clusters, area_under_margin, margins, spectral_scores, trimmed
-from lightning_guard.functional.random import stream
 from lightning_guard.functional.fairness import (
     NOTIONS,
     RATE_NOTIONS,
@@ -14,6 +10,10 @@ from lightning_guard.functional.fairness import (
     rate_gaps,
     rate_sums,
 )
+from lightning_guard.functional.losses import example_losses
+from lightning_guard.functional.masks import bit_mask, clear_, cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
+from lightning_guard.functional.poison import activation_clusters, area_under_margin, margins, spectral_scores, trimmed
+from lightning_guard.functional.random import stream
 from lightning_guard.functional.smoothing import GaussianNoise, certified_radius, clopper_pearson_lower
 from lightning_guard.functional.squeezing import Squeeze, squeeze_inputs, squeezing, steps_through, unsqueeze
 

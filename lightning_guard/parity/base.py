@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_guard.functional.fairness import Census
@@ -72,8 +71,3 @@ class Mode:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
-
-
-def nothing() -> Tensor:
-    """An empty running sum."""
-    return torch.zeros(0, dtype=torch.float64)

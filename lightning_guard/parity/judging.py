@@ -31,7 +31,7 @@ def _unmoved(loader: Any) -> Iterator[None]:
         generator.set_state(state)
 
 
-def count(run: Run, intersections: bool) -> tuple[Census, Tensor]:
+def count(run: Run, intersections: bool, continuous: bool = False) -> tuple[Census, Tensor]:
     """The groups of the training data, over all processes, and what numbers its targets are.
 
     Raises:
@@ -44,14 +44,19 @@ def count(run: Run, intersections: bool) -> tuple[Census, Tensor]:
             "the training data have no known end, so their groups cannot be counted before training; set "
             "limit_train_batches on the Trainer"
         )
-    census, targets = Census(intersections), []
+    assert loader is not None
+    census = Census(intersections)
+    targets: list[Tensor] = []
     with _unmoved(loader):
         for batch in islice(loader, int(batches)):
             step = Step(run, batch)
             target = step.target if run.batch.find(batch, "target") is not None else None
             target = target if isinstance(target, Tensor) else None
-            census.add(step.group, target)
-            if target is not None and target.is_floating_point() and sum(map(len, targets)) < 100_000:
+            if continuous:
+                census.total += len(step.attribute)
+            else:
+                census.add(step.group, target)
+            if target is not None and target.is_floating_point() and len(targets) < 1_000:
                 targets.append(target.reshape(len(target), -1)[:, 0].float().cpu())
     numbers = torch.cat(targets) if targets else torch.zeros(0)
     if trainer.world_size > 1:

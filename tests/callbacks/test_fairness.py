@@ -214,7 +214,12 @@ def test_early_stopping_on_the_gap():
     [
         ({"notion": "justice"}, "notion='justice'"),
         ({"mode": "penalty", "weight": -1.0}, "weight=-1"),
-        ({"weight": 1.0}, "is of a penalty"),
+        ({"weight": 1.0}, "it is of a penalty"),
+        ({"mode": "reweigh", "weight": 1.0}, "weight=1.0 says nothing to mode='reweigh'"),
+        ({"mode": "group_dro", "notion": "equal_opportunity"}, "notion='equal_opportunity' says nothing"),
+        ({"mode": "adversarial", "notion": "equal_opportunity"}, "is not built for mode='adversarial'"),
+        ({"layer": "layer"}, "layer='layer' says nothing"),
+        ({"mode": "mmd", "continuous": True}, "continuous=True needs mode='hsic'"),
         ({"mode": "penalty", "max_gap": 0.1}, "promised by mode='constraint' alone"),
         ({"max_gap": 0.0}, "max_gap=0.0"),
         ({"notion": "mean_parity"}, "max_gap=None"),
@@ -305,7 +310,7 @@ def test_the_gap_is_kept_or_said_not_to_be(case, recwarn):
 
 def test_an_example_pays_for_itself_alone():
     """Another example's features, label and group change nothing about what this one contributes to the gradient."""
-    x, y, s = biased(64)
+    _x, y, s = biased(64)
     census = Census()
     census.add(s, y)
     census.close()
@@ -521,3 +526,74 @@ def test_counting_the_groups_leaves_the_order_of_the_data():
     for own in (True, False):
         with_guard = drawn([FairnessRegularization(max_gap=0.05, batch=Batch(withhold_group=False))], own)
         assert torch.equal(with_guard, drawn(None, own))
+
+
+# Further modes ---------------------------------------------------------------------------------------------------
+
+MODES = ("group_dro", "reweigh", "mmd", "hsic", "adversarial")
+
+
+class Flipping(GuardMixin, Logit):
+    """The second feature knows the group, and nothing else does."""
+
+    def guard_counterfactual(self, inputs):
+        changed = inputs.clone()
+        changed[:, 1] = 1 - changed[:, 1]
+        return changed
+
+
+@pytest.mark.parametrize("mode", [*MODES, "counterfactual"])
+def test_every_mode_acts_resumes_and_leaves_nothing(mode, tmp_path):
+    x, y, s = biased()
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, s), 100)
+    kept = pl.callbacks.ModelCheckpoint(
+        tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+    )
+    whole = fit([FairnessRegularization(mode=mode), kept], Flipping, batches, max_epochs=3, enable_checkpointing=True)
+    assert not same(whole, fit(None, Flipping, loader_of(x, y), max_epochs=3))
+    assert whole.state_dict().keys() == Logit().state_dict().keys()
+    assert not any(m._forward_hooks for m in whole.modules())
+    options = {"max_epochs": 3, "ckpt_path": tmp_path / "epoch=1.ckpt", "seed": 1}
+    assert same(fit([FairnessRegularization(mode=mode)], Flipping, batches, **options), whole)
+
+
+@pytest.mark.parametrize("mode", ["mmd", "hsic", "adversarial", "counterfactual"])
+def test_a_weight_of_zero_is_off(mode):
+    assert same(
+        fit([FairnessRegularization(mode=mode, weight=0.0)], Flipping, data()), fit(None, Flipping, data_of_two())
+    )
+
+
+def data_of_two():
+    x, y, _ = biased()
+    return loader_of(x, y)
+
+
+@pytest.mark.parametrize("mode", ["mmd", "hsic", "counterfactual"])
+def test_outputs_move_towards_independence(mode):
+    x, _, s = biased()
+    free, net = (
+        fit([FairnessRegularization(mode=mode, weight=w)], Flipping, data(), max_epochs=10).eval() for w in (0.0, 3.0)
+    )
+    apart = [float((m(x)[s == 1].mean() - m(x)[s == 0].mean()) / m(x).std()) for m in (free, net)]
+    assert apart[1] < 0.7 * apart[0]
+
+
+def test_a_continuous_attribute():
+    x, y, s = biased()
+    age = 20.5 + 10 * s + 3 * x[:, 2]
+    age[::7] = float("nan")
+    known = ~age.isnan()
+
+    def related(weight):
+        guard = FairnessRegularization(mode="hsic", continuous=True, weight=weight)
+        with torch.no_grad():
+            z = fit([guard], Logit, loader_of(x, y, age), max_epochs=10)(x)[known]
+        return abs(float(torch.corrcoef(torch.stack([z, age[known]]))[0, 1]))
+
+    assert related(3.0) < 0.7 * related(0.0)
+
+
+def test_pairs_that_nobody_describes_are_refused():
+    with pytest.raises(GuardConflict, match="guard_counterfactual"):
+        fit([FairnessRegularization(mode="counterfactual")], Logit, data())

@@ -1,6 +1,8 @@
 """How differently a model treats groups, and what narrows the difference."""
 
 from lightning_guard.functional.fairness.census import Census
+from lightning_guard.functional.fairness.dependence import hsic, median_bandwidth, mmd2
+from lightning_guard.functional.fairness.group_dro import group_weights
 from lightning_guard.functional.fairness.moments import (
     ABSOLUTE,
     NOTIONS,
@@ -21,6 +23,7 @@ from lightning_guard.functional.fairness.rates import (
     rate_gaps,
     rate_sums,
 )
+from lightning_guard.functional.fairness.reversal import reverse_gradient
 
 __all__ = [
     "ABSOLUTE",
@@ -36,8 +39,13 @@ __all__ = [
     "errors_of",
     "gaps_of",
     "group_gap",
+    "group_weights",
+    "hsic",
+    "median_bandwidth",
+    "mmd2",
     "moments",
     "positive_scores",
     "rate_gaps",
     "rate_sums",
+    "reverse_gradient",
 ]

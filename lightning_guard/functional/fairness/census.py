@@ -44,6 +44,7 @@ class Census:
         self._tuples: dict[tuple[int, ...], dict[int, float]] = {}  # by attributes, then by class or label; -1: anyone
         self.codes: list[tuple[int, ...]] = []  # of each group: a value an attribute, -1 for any
         self.families = torch.zeros(0, dtype=torch.long)
+        self._of_groups = torch.zeros(0, 0, dtype=torch.long)
         self.counts = torch.zeros(0, dtype=torch.float64)
         self.cells = torch.zeros(0, 1, dtype=torch.float64)
 
@@ -107,6 +108,7 @@ class Census:
             self.codes += seen
             families += [width] * len(seen)
         self.families = torch.tensor(families, dtype=torch.long)
+        self._of_groups = torch.tensor(self.codes, dtype=torch.long).reshape(self.groups, -1)
         classes = max((cls for one in self._tuples.values() for cls in one), default=-1) + 1
         self.cells = torch.zeros(self.groups, max(classes, 1), dtype=torch.float64)
         self.counts = torch.zeros(self.groups, dtype=torch.float64)
@@ -135,7 +137,7 @@ class Census:
     def members(self, group: Tensor) -> Tensor:
         """Who belongs to which group: ``(N, G)`` of 0 and 1."""
         rows = _columns(group)
-        codes = torch.tensor(self.codes, dtype=torch.long, device=rows.device).reshape(self.groups, -1)
+        codes = self._of_groups.to(rows.device)
         if codes.shape[1] != rows.shape[1]:
             raise ValueError(f"{rows.shape[1]} attributes, but the training data have {codes.shape[1]}")
         return ((rows.unsqueeze(1) == codes) | (codes < 0)).all(2).float()
