@@ -145,8 +145,8 @@ RULES: tuple[Rule, ...] = (
         "fairness",
         "magnitude_pruning",
         Verdict.SOUND,
-        "both act at their own place; without the penalty, fine-tuning a pruned model undoes what it reached",
-        "keep the penalty on to the end of pruning",
+        "weights are chosen after pruning has ended; a plain fine-tuning of a pruned model undoes parity",
+        "keep the bound on to the end of pruning",
         "measured on Adult: gap 0.119 with plain and 0.042 with guarded fine-tuning",
     ),
     Rule(

@@ -1,6 +1,6 @@
 """Passes over the data that training has: counting its groups, and measuring finished weights on them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +17,8 @@ from lightning_guard.guard import GuardConflict, Run, Step
 from lightning_guard.parity.base import Seen
 from lightning_guard.parity.constraint import Constraint
 from lightning_guard.parity.running import table
+
+_AT_ONCE = 8192  # rows that are tabulated together
 
 
 @contextmanager
@@ -109,14 +111,19 @@ def measure(
     found: Measured | None = None
     precision = trainer.precision_plugin
     for loader in loaders:
+        kept: list[tuple[Tensor, Tensor | None, Tensor]] = []  # logits, targets, groups: tabulated many at a time
         with _unmoved(loader), step.probe(), torch.no_grad(), precision.forward_context():
             for batch in islice(loader, batches):
-                batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
-                step.batch = batch
-                if step.run.batch.find(batch, "group") is None:
+                step.batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
+                if step.run.batch.find(step.batch, "group") is None:
                     return None
-                one = _measured(step, mode)
-                found = one if found is None else found + one
+                target = step.target if step.run.batch.find(step.batch, "target") is not None else None
+                kept.append((step.run.forward(step.inputs), target, step.group))
+                if sum(len(logits) for logits, _, _ in kept) >= _AT_ONCE:
+                    found = _with(found, _measured(step, mode, kept))
+                    kept = []
+            if kept:
+                found = _with(found, _measured(step, mode, kept))
     if found is not None and trainer.world_size > 1:
         flat = torch.cat(
             [found.table.flatten(), torch.tensor([found.merit, found.rows], dtype=torch.float64), found.decisions]
@@ -127,12 +134,16 @@ def measure(
     return found
 
 
-def _measured(step: Step, mode: Constraint) -> Measured:
-    census, target = mode.census, None
-    logits = step.run.forward(step.inputs)
-    if step.run.batch.find(step.batch, "target") is not None:
-        target = step.target
-    seen = Seen(step, census, logits, target, census.members(step.group), torch.zeros(0))
+def _with(found: Measured | None, more: Measured) -> Measured:
+    return more if found is None else found + more
+
+
+def _measured(step: Step, mode: Constraint, kept: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> Measured:
+    logits = torch.cat([logits for logits, _, _ in kept])
+    targets = [target for _, target, _ in kept if target is not None]
+    target = torch.cat(targets) if targets else None
+    members = mode.census.members(torch.cat([group for _, _, group in kept]))
+    seen = Seen(step, mode.census, logits, target, members, torch.zeros(0))
     rates = table(mode.moments(seen, None), seen.members)
     if mode.numbers:
         assert target is not None

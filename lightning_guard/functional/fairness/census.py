@@ -108,7 +108,7 @@ class Census:
             self.codes += seen
             families += [width] * len(seen)
         self.families = torch.tensor(families, dtype=torch.long)
-        self._of_groups = torch.tensor(self.codes, dtype=torch.long).reshape(self.groups, -1)
+        self._of_groups = torch.tensor(self.codes, dtype=torch.long).reshape(self.groups, width)
         classes = max((cls for one in self._tuples.values() for cls in one), default=-1) + 1
         self.cells = torch.zeros(self.groups, max(classes, 1), dtype=torch.float64)
         self.counts = torch.zeros(self.groups, dtype=torch.float64)
