@@ -7,9 +7,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_guard.functional import NOTIONS, Notion
-from lightning_guard.functional.fairness import OF_NUMBERS, Census
+from lightning_guard.functional.fairness import ABSOLUTE, OF_NUMBERS, Census
 from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait, callbacks_of
 from lightning_guard.parity import (
     HSIC,
@@ -33,7 +34,7 @@ _COUPLED = ("penalty", "group_dro", "mmd", "hsic", "adversarial")  # an example'
 
 
 class FairnessRegularization(Guard):
-    r"""Keeps the difference between groups within ``max_gap``, or says that it could not.
+    r"""Keeps the difference between groups within max_gap, or says that it could not.
 
     .. math:: \min_\theta \; E[\ell] \quad \text{so that} \quad \max_g p_{r,g} - \min_g p_{r,g} \le \varepsilon
               \quad \text{for each rate } r
@@ -59,7 +60,7 @@ class FairnessRegularization(Guard):
             from a head that guesses it (Zhang et al., 2018); ``counterfactual`` compares pairs of
             ``GuardMixin.guard_counterfactual``.
         weight: of ``penalty`` (nats per squared gap), ``mmd``, ``hsic``, ``adversarial`` and ``counterfactual``; 0
-            switches it off.
+            switches the guard off.
         layer: submodule whose outputs ``mmd``, ``hsic`` and ``adversarial`` look at; None is the logits.
         continuous: the group is a quantity, e.g. an age; for ``hsic``.
         margin: how far below ``max_gap`` to aim; None is one standard error of the gap on the training data.
@@ -179,10 +180,11 @@ class FairnessRegularization(Guard):
         self._census: Census | None = None
         self._choice, self._outcome = Choice(), ""
         self._run: Run | None = None
+        self._vain = False  # no rate has enough examples to be bounded
 
     @property
     def off(self) -> bool:
-        return self.max_gap == float("inf")
+        return self.max_gap == float("inf") or self.weight == 0
 
     def overrides(self, transform: str) -> bool:
         return not self.off and super().overrides(transform)
@@ -213,7 +215,8 @@ class FairnessRegularization(Guard):
         run.undo.callback(self._mode.end)
         if state:
             self._mode.restore(state["mode"])
-            self._choice.restore(state["choice"])
+            if state["bound"] == [self.notion, self.max_gap, self.margin]:  # else it was judged by another
+                self._choice.restore(state["choice"])
             if state["census"]:
                 self._census = Census(self.intersections)
                 self._census.restore(state["census"])
@@ -250,8 +253,8 @@ class FairnessRegularization(Guard):
         if self._census is None:
             self._census, numbers = count(self._run, self.intersections, self.continuous)
             self._limits = numbers.quantile(torch.arange(0.1, 1.0, 0.1)) if len(numbers) else torch.zeros(0)
-            if not self.continuous:
-                self._judge_groups(self._census)
+        if not self.continuous:
+            self._judge_groups(self._census)
         if self.thresholds is not None:
             self._limits = torch.tensor(self.thresholds, dtype=torch.float32)
         if self.notion == "quantile_parity" and not len(self._limits):
@@ -279,6 +282,9 @@ class FairnessRegularization(Guard):
                 f"{self.name}: fewer than min_support={self.min_support} training examples of {', '.join(names[:10])} "
                 f"for {self.notion}, so their rates are not bounded; merge small groups, or lower min_support"
             )
+        families = [~small[:, census.families == f] for f in census.families.unique()]
+        least = 1 if self.notion in ABSOLUTE else 2
+        self._vain = all(int(judged.sum(1).max()) < least for judged in families)
 
     # In training --------------------------------------------------------------------------------------------------
 
@@ -300,7 +306,7 @@ class FairnessRegularization(Guard):
         if isinstance(self._mode, Constraint):
             self._mode.active = self._warm(step.run)
         term = self._mode.term(Seen(step, self._census, logits.float(), target, members, attribute))
-        return step.loss if term is None or self.weight == 0 else step.loss + term
+        return step.loss if term is None else step.loss + term
 
     def _refuse(self, target: Any, logits: Tensor) -> None:
         if not isinstance(target, Tensor) or self.mode not in ("constraint", "penalty"):
@@ -327,18 +333,25 @@ class FairnessRegularization(Guard):
             self.report(pl_module, **mode.figures())
         if not isinstance(mode, Constraint) or not mode.active or run is None:
             return
-        if not self.select or not all(guard.settled(run) for guard in run.guards):
+        if self._vain or not all(guard.settled(run) for guard in run.guards):
             return
-        training = measure(trainer, pl_module, [trainer.train_dataloader], int(trainer.num_training_batches), mode)
+        training = measure(trainer, pl_module, [(trainer.train_dataloader, trainer.num_training_batches)], mode)
         assert training is not None
         assert self.max_gap is not None
-        held = trainer.val_dataloaders
-        loaders = held if isinstance(held, list | tuple) else [] if held is None else [held]
-        validation = measure(trainer, pl_module, loaders, 1 << 60, mode)
+        loaders = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
+        validation = measure(trainer, pl_module, zip(loaders, trainer.num_val_batches, strict=False), mode)
         both = training if validation is None else training + validation
         gap, kept = mode.judged(both.table)
+        if validation is not None and mode.refuted(validation.table):  # learnt by heart: training rows say nothing
+            gap, kept = max(gap, mode.judged(validation.table)[0]), False
+        found = self._choice.found
+        if not self.select or (found and both.rows > found["rows"]):  # measured on less, so not to be compared
+            self._choice = Choice()
         merit = both.merit / both.rows
-        self._choice.offer(pl_module, trainer.current_epoch, gap, self.max_gap, kept, merit, both.undecided)
+        self._choice.offer(pl_module, trainer.current_epoch, gap, self.max_gap, kept, merit, both.constant)
+        self._choice.found |= {"rows": both.rows, "on": "training" if validation is None else "training and validation"}
+        if not self.select:
+            self._choice.weights = {}
         self.report(pl_module, measured_gap=gap, feasible=float(gap <= self.max_gap))
 
     # After it -----------------------------------------------------------------------------------------------------
@@ -355,15 +368,21 @@ class FairnessRegularization(Guard):
                 )
         if not isinstance(mode, Constraint):
             return
+        if self._vain:
+            self._say(
+                f"nothing was bounded: no {self.notion} has min_support={self.min_support} training examples in each "
+                "of the groups to compare",
+                "lower it, or merge groups",
+            )
+        elif not found and mode.multipliers is not None:
+            self._say(
+                "no weights were measured: training ended within the warmup or before another guard had settled",
+                "train longer; the last weights are kept",
+            )
         if not found:
-            if self.select:
-                self._say(
-                    "no weights were measured: training ended within the warmup or before another guard had settled",
-                    "train longer; the last weights are kept",
-                )
             return
         self._choice.take(module)
-        where = f"{self.notion} gap of {found['gap']:.4f} on training and validation data, epoch {found['epoch']}"
+        where = f"{self.notion} gap of {found['gap']:.4f} on {found['on']} data, epoch {found['epoch']}"
         if found["constant"]:
             self._say(
                 "the model predicts the same for nearly everybody, which closes every gap and is of no use",
@@ -389,7 +408,9 @@ class FairnessRegularization(Guard):
             return {}
         census = {} if self._census is None else self._census.state()
         limits = torch.zeros(0) if self._census is None else self._limits
-        return {"mode": self._mode.state(), "choice": self._choice.state(), "census": census, "thresholds": limits}
+        bound = [self.notion, self.max_gap, self.margin]
+        choice = {"choice": self._choice.state(), "bound": bound}
+        return {"mode": self._mode.state(), **choice, "census": census, "thresholds": limits}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._state = state

@@ -74,7 +74,7 @@ class Batch:
         if stated is not None:
             if stated in names or (isinstance(stated, int) and -len(names) <= stated < len(names)):
                 return stated
-            if part == "group" and isinstance(batch, tuple | list):
+            if part == "group":
                 return None  # evaluation loaders may come without the group
             raise KeyError(f"Batch({part}={stated!r}) is not in this batch: it is {_describe(batch)}")
         if not isinstance(batch, Mapping | tuple | list) and not dataclasses.is_dataclass(batch):
@@ -85,6 +85,8 @@ class Batch:
         if found:
             return found[0]
         position = list(_NAMES).index(part)
+        if position in {getattr(self, other) for other in _NAMES}:  # stated to be another part
+            return None
         return position if isinstance(batch, tuple | list) and position < len(batch) else None
 
     def with_inputs(self, batch: Any, inputs: Any) -> Any:

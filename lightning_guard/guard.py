@@ -152,8 +152,8 @@ class Step:
                     "the group holds fractions, so it is not a group; give whole numbers, and say where they are "
                     "with Batch(group=...)"
                 )
-            group = torch.nan_to_num(group, nan=-1.0).long()
-        return group
+            group = torch.nan_to_num(group, nan=-1.0)
+        return group.long()
 
     def _read(self, part: str) -> Any:
         try:

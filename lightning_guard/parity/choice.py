@@ -1,13 +1,12 @@
 """The best weights that keep a bound, by rates measured on them and not by those of training steps."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_CONSTANT = 0.005  # a model that decides alike for all but this share of the examples decides nothing
 
 
 @dataclass
@@ -23,7 +22,7 @@ class Choice:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def offer(
-        self, module: nn.Module, epoch: int, gap: float, bound: float, kept: bool, merit: float, share: float
+        self, module: nn.Module, epoch: int, gap: float, bound: float, kept: bool, merit: float, constant: bool
     ) -> None:
         """Look at the weights of now.
 
@@ -34,10 +33,11 @@ class Choice:
             bound: that is promised.
             kept: the bound is kept with a margin of its uncertainty.
             merit: accuracy, or minus the loss.
-            share: of examples that are not decided as most are.
+            constant: nearly everybody is decided alike.
         """
-        constant = share < _CONSTANT
         rank = (0.0, -gap) if constant else (3.0, merit) if kept else (2.0, -gap) if gap <= bound else (1.0, -gap)
+        if math.isnan(gap) or math.isnan(merit):
+            rank = (-0.5, 0.0)
         if rank <= self.rank:
             return
         self.rank = rank

@@ -84,6 +84,15 @@ class Constraint(Mode):
         gaps = gaps_of(table[0] / counts.clamp_min(1), present, self.census.families, self.notion)
         return float(gaps.amax()), bool((gaps <= self.aims(table, present)[: len(gaps)]).all())
 
+    def refuted(self, table: Tensor) -> bool:
+        """Whether the gap in this table alone is too wide to be so by chance."""
+        counts = table[2]
+        present = self.present(counts.shape[0]) & (counts > 0)
+        rates, squares = table[0] / counts.clamp_min(1), table[1] / counts.clamp_min(1)
+        gaps = gaps_of(rates, present, self.census.families, self.notion)
+        errors = errors_of(rates, squares, counts, present, self.census.families, self.notion)
+        return bool((gaps - 2 * errors > self.bound).any())
+
     def _speed(self, rates: int, present: Tensor) -> Tensor:
         """How fast multipliers of each rate move: a rate of few examples is noisy, and its price weighs on each."""
         share = self.census.support(self.notion, rates) / self.census.total
@@ -112,9 +121,11 @@ class Constraint(Mode):
                 if self._pending is not None and now != self._at and self._rows >= self.census.total / _UPDATES:
                     self._learn(multipliers, present)
                 self._at = now
-                part = over_processes(table(hard, seen.members), seen)
+                part = table(hard, seen.members)
+                rows = over_processes(torch.cat([part.flatten(), torch.tensor([float(len(seen.members))])]), seen)
+                part = rows[:-1].reshape(part.shape)
                 self._pending = part if self._pending is None else self._pending + part
-                self._rows += len(seen.members) * seen.processes
+                self._rows += int(rows[-1])
             if not self.active or not bool(multipliers.up.any() or multipliers.down.any()):
                 return None
             if self._price is None:
@@ -142,7 +153,12 @@ class Constraint(Mode):
         most = (
             0.0 if self.multipliers is None else float(torch.maximum(self.multipliers.up, self.multipliers.down).max())
         )
-        return {"gap": self.gap, "multiplier": most}
+        found = {"multiplier": most}
+        if self.running.parts is not None:
+            found["gap"] = self.gap
+        elif self._pending is not None:  # an epoch of one step
+            found["gap"] = self.judged(self._pending)[0]
+        return dict(found)
 
     @property
     def capped(self) -> bool:

@@ -24,13 +24,21 @@ _AT_ONCE = 8192  # rows that are tabulated together
 @contextmanager
 def _unmoved(loader: Any) -> Iterator[None]:
     """Whatever is drawn inside is drawn again by training."""
-    owners = [loader, getattr(loader, "sampler", None)]
+    within = getattr(loader, "batch_sampler", None)
+    owners = [loader, getattr(loader, "sampler", None), within, getattr(within, "sampler", None)]
     generators = [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
-    with isolate_rng(include_cuda=False):
-        yield
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
+    held = getattr(loader, "_iterator", None)  # of persistent workers: the one iterator, which training goes on with
+    if held is not None:
+        loader._iterator = None
+    try:
+        with isolate_rng(include_cuda=False):
+            yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        if held is not None:
+            loader._iterator = held
 
 
 def count(run: Run, intersections: bool, continuous: bool = False) -> tuple[Census, Tensor]:
@@ -50,7 +58,9 @@ def count(run: Run, intersections: bool, continuous: bool = False) -> tuple[Cens
     census = Census(intersections)
     targets: list[Tensor] = []
     with _unmoved(loader):
-        for batch in islice(loader, int(batches)):
+        for raw in islice(loader, int(batches)):
+            # As training will see it: a transfer hook may make the group.
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(raw))
             step = Step(run, batch)
             target = step.target if run.batch.find(batch, "target") is not None else None
             target = target if isinstance(target, Tensor) else None
@@ -81,13 +91,15 @@ class Measured:
         table: sums, squares and counts, ``(3, R, G)``.
         merit: the sum of merits: right decisions, or minus the losses.
         rows: how many examples.
-        decisions: how many of each class or label; empty for numbers.
+        decisions: how many of each class; empty for labels and numbers.
+        actual: how many are of each class; empty where it is not known.
     """
 
     table: Tensor
     merit: float
     rows: float
     decisions: Tensor
+    actual: Tensor
 
     def __add__(self, other: "Measured") -> "Measured":
         return Measured(
@@ -95,28 +107,36 @@ class Measured:
             self.merit + other.merit,
             self.rows + other.rows,
             self.decisions + other.decisions,
+            self.actual + other.actual,
         )
 
     @property
-    def undecided(self) -> float:
-        """The share of examples that are not decided as most are; 1 where nothing is decided."""
-        return 1.0 - float((self.decisions / self.rows).max()) if len(self.decisions) else 1.0
+    def constant(self) -> bool:
+        """Whether nearly everybody is decided alike, though not nearly everybody is alike."""
+        if not len(self.decisions):
+            return False
+        least = 0.005
+        if float(self.actual.sum()):
+            least = min(least, 0.5 - 0.5 * float(self.actual.max() / self.actual.sum()))
+        return 1.0 - float(self.decisions.max()) / self.rows <= least
 
 
 def measure(
-    trainer: pl.Trainer, module: pl.LightningModule, loaders: Iterable[Any], batches: int, mode: Constraint
+    trainer: pl.Trainer, module: pl.LightningModule, loaders: Iterable[tuple[Any, float]], mode: Constraint
 ) -> Measured | None:
     """Measures the weights of now on whatever these loaders hold, over all processes; None if they hold no groups."""
     step = outside(trainer, module, None)
     found: Measured | None = None
     precision = trainer.precision_plugin
-    for loader in loaders:
+    for loader, batches in loaders:
+        if batches == float("inf"):
+            raise GuardConflict("data without an end cannot be measured; set limit_val_batches on the Trainer")
         kept: list[tuple[Tensor, Tensor | None, Tensor]] = []  # logits, targets, groups: tabulated many at a time
         with _unmoved(loader), step.probe(), torch.no_grad(), precision.forward_context():
-            for batch in islice(loader, batches):
+            for batch in islice(loader, int(batches)):
                 step.batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
                 if step.run.batch.find(step.batch, "group") is None:
-                    return None
+                    break  # this loader has none
                 target = step.target if step.run.batch.find(step.batch, "target") is not None else None
                 kept.append((step.run.forward(step.inputs), target, step.group))
                 if sum(len(logits) for logits, _, _ in kept) >= _AT_ONCE:
@@ -124,13 +144,17 @@ def measure(
                     kept = []
             if kept:
                 found = _with(found, _measured(step, mode, kept))
+    if trainer.world_size > 1:
+        here = torch.tensor(float(found is not None), device=module.device)
+        if float(torch.as_tensor(trainer.strategy.reduce(here, reduce_op="sum"))) < trainer.world_size:
+            return None  # on every process, or one would wait for another
     if found is not None and trainer.world_size > 1:
-        flat = torch.cat(
-            [found.table.flatten(), torch.tensor([found.merit, found.rows], dtype=torch.float64), found.decisions]
-        ).to(module.device)
+        k, n = len(found.decisions), found.table.numel()
+        sums = torch.tensor([found.merit, found.rows], dtype=torch.float64)
+        flat = torch.cat([found.table.flatten(), found.decisions, found.actual, sums]).to(module.device)
         flat = torch.as_tensor(trainer.strategy.reduce(flat, reduce_op="sum")).cpu()
-        n = found.table.numel()
-        found = Measured(flat[:n].reshape(found.table.shape), float(flat[n]), float(flat[n + 1]), flat[n + 2 :])
+        rates, decisions, actual, (merit, rows) = flat.split([n, k, k, 2])
+        found = Measured(rates.reshape(found.table.shape), float(merit), float(rows), decisions, actual)
     return found
 
 
@@ -145,12 +169,18 @@ def _measured(step: Step, mode: Constraint, kept: Sequence[tuple[Tensor, Tensor 
     members = mode.census.members(torch.cat([group for _, _, group in kept]))
     seen = Seen(step, mode.census, logits, target, members, torch.zeros(0))
     rates = table(mode.moments(seen, None), seen.members)
-    if mode.numbers:
-        assert target is not None
-        return Measured(rates, -float(seen.losses().sum()), len(logits), torch.zeros(0, dtype=torch.float64))
-    several = isinstance(target, Tensor) and target.dim() == 2 and target.shape[1] > 1
-    decided = moments(logits, target if several else None, "demographic_parity").values.double()
-    if decided.shape[1] == 1:
-        decided = torch.cat([1 - decided, decided], 1)
+    none = torch.zeros(0, dtype=torch.float64)
+    zero_one = target is None or not target.is_floating_point() or bool(((target == 0) | (target == 1)).all())
+    if mode.numbers or not zero_one:
+        return Measured(rates, -float(seen.losses().sum()), len(logits), none, none)
+    several = target is not None and target.dim() == 2 and target.shape[1] > 1
     right = len(logits) if target is None else moments(logits, target, "accuracy_parity").values.mean(1).sum()
-    return Measured(rates, float(right), len(logits), decided.sum(0).cpu() if not several else torch.zeros(0).double())
+    if several:
+        return Measured(rates, float(right), len(logits), none, none)
+    decided = moments(logits, None, "demographic_parity").values.double()
+    decided = torch.cat([1 - decided, decided], 1) if decided.shape[1] == 1 else decided
+    actual = torch.zeros(decided.shape[1], dtype=torch.float64)
+    if target is not None:
+        flat = target.reshape(-1).long().cpu()
+        actual = torch.bincount(flat[(flat >= 0) & (flat < len(actual))], minlength=len(actual)).double()
+    return Measured(rates, float(right), len(logits), decided.sum(0).cpu(), actual)

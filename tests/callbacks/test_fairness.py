@@ -12,10 +12,10 @@ from torch import nn
 from lightning_guard.batch import Batch
 from lightning_guard.callbacks import FairnessRegularization, MagnitudePruning
 from lightning_guard.functional import RATE_NOTIONS, group_gap
-from lightning_guard.functional.fairness import Census
+from lightning_guard.functional.fairness import Census, moments
 from lightning_guard.guard import GuardConflict
 from lightning_guard.mixins import GuardMixin
-from lightning_guard.parity import Constraint, Seen
+from lightning_guard.parity import Choice, Constraint, Seen
 from tests.toys import PlainNet, fit, loader, same
 
 
@@ -70,7 +70,7 @@ def test_it_narrows_the_gap(notion, batch_size):
 
 def test_the_reported_gap_is_fairlearns():
     x, y, s = biased()
-    net = fit([FairnessRegularization(mode="penalty", weight=0.0, memory=0)], Logit, data(len(x)), max_epochs=1)
+    net = fit([FairnessRegularization(mode="penalty", weight=1e-9, memory=0)], Logit, data(len(x)), max_epochs=1)
     pl.seed_everything(0, verbose=False)
     before = Logit()  # the gap is of the logits before the step
     expected = demographic_parity_difference(y, (before(x) >= 0).numpy(), sensitive_features=s)
@@ -597,3 +597,124 @@ def test_a_continuous_attribute():
 def test_pairs_that_nobody_describes_are_refused():
     with pytest.raises(GuardConflict, match="guard_counterfactual"):
         fit([FairnessRegularization(mode="counterfactual")], Logit, data())
+
+
+# What a run may be like -------------------------------------------------------------------------------------------
+
+
+def test_persistent_workers_lose_no_step():
+    x, y, s = biased(400)
+    parts = torch.utils.data.TensorDataset(x, y, s)
+    steps = []
+
+    class Counting(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            steps.append(trainer.global_step)
+
+    loader = torch.utils.data.DataLoader(parts, 100, num_workers=1, persistent_workers=True)
+    fit([FairnessRegularization(max_gap=0.1), Counting()], Logit, loader, max_epochs=2)
+    assert steps == [4, 8]
+
+
+def test_ignored_targets_are_of_no_class():
+    x, y, s = biased()
+    y = torch.where((torch.arange(len(y)) % 2 == 0) & (s == 1), -100, y)
+    logits, known = x[:, 0] - 0.5, y >= 0
+    census = Census()
+    census.add(s, y)
+    census.close()
+    members = census.members(s).double()
+    for notion in BOUND[1:]:
+        found = moments(logits, y, notion)
+        counted = found.counted.double()
+        rates = (found.values.double() * counted).T @ members / (counted.T @ members)
+        expected = hard_gap(notion, logits[known], y[known], F.one_hot(s[known], 2))
+        assert float((rates.amax(1) - rates.amin(1)).amax()) == pytest.approx(expected, abs=1e-6)
+        assert torch.equal(census.support(notion, counted.shape[1]), counted.T @ members)
+
+
+def test_one_step_an_epoch_reports_its_gap():
+    x, y, s = biased()
+    net = fit([FairnessRegularization(max_gap=0.1)], Logit, data(len(x)), max_epochs=1)
+    pl.seed_everything(0, verbose=False)
+    expected = hard_gap("demographic_parity", Logit()(x), y, F.one_hot(s, 2))
+    assert float(net.fitted.callback_metrics["guard/fairness/gap"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_tighter_bound_on_resume_judges_anew(tmp_path):
+    kept = pl.callbacks.ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    fit([FairnessRegularization(max_gap=0.9), kept], Logit, data(), max_epochs=4, enable_checkpointing=True)
+    tight = FairnessRegularization(max_gap=0.001, margin=0.0, step_size=1e-6)
+    with pytest.warns(UserWarning, match="was not reached"):
+        fit([tight], Logit, data(), max_epochs=5, ckpt_path=next(tmp_path.glob("*.ckpt")))
+
+
+def test_without_a_choice_a_gap_that_is_not_kept_is_said_too():
+    guard = FairnessRegularization(max_gap=0.001, margin=0.0, step_size=1e-6, select=False)
+    with pytest.warns(UserWarning, match="was not reached"):
+        fit([guard], Logit, data(), max_epochs=3)
+
+
+def test_a_bound_on_nothing_is_said_to_be_one():
+    group = torch.zeros(2000, dtype=torch.long)
+    group[:5] = 1
+    guard = FairnessRegularization(max_gap=0.1)
+    with pytest.warns(UserWarning, match="nothing was bounded"):
+        fit([guard], Logit, data(group=group))
+    assert "nothing was bounded" in guard.notes()[0]
+
+
+def test_weights_that_are_not_numbers_are_not_chosen():
+    choice, net = Choice(), nn.Linear(1, 1)
+    choice.offer(net, 0, 0.3, 0.1, False, 0.5, False)
+    choice.offer(net, 1, float("nan"), 0.1, False, 0.5, False)
+    assert choice.found["epoch"] == 0
+
+
+def test_a_rare_class_is_no_constant_model():
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    y = (torch.arange(4000) % 250 == 0).long()
+    x[:, 0] += 12 * y
+    guard = FairnessRegularization(max_gap=0.2)
+    fit([guard], Logit, loader_of(x, y, torch.arange(4000) % 2), max_epochs=6)
+    assert not guard._choice.found["constant"] or guard._choice.found["merit"] < 0.997
+
+
+class Held(pl.LightningDataModule):
+    """Training rows that are learnt by heart, and others to validate on."""
+
+    def __init__(self, validation):
+        super().__init__()
+        self.validation = validation
+
+    def train_dataloader(self):
+        return data()
+
+    def val_dataloader(self):
+        return self.validation
+
+
+class Validated(Logit):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        assert torch.isfinite(self(batch[0])).all()
+
+
+def test_validation_rows_count_as_far_as_they_are_used():
+    def rows(validation, **options):
+        guard = FairnessRegularization(max_gap=0.5)
+        fit([guard], Validated, Held(validation), max_epochs=2, **options)
+        return guard._choice.found["rows"], guard._choice.found["on"]
+
+    assert rows(data()) == (4000, "training and validation")
+    assert rows([data(), data()]) == (6000, "training and validation")
+    assert rows({"a": data(), "b": data_of_two()}) == (4000, "training and validation")
+    assert rows(data(), limit_val_batches=2) == (2200, "training and validation")
+    assert rows(data_of_two()) == (2000, "training")
+
+
+def test_validation_rows_that_refute_the_gap_do():
+    x, y, s = biased()
+    x[:, 0] += 8.0 * s  # there the groups are far apart
+    guard = FairnessRegularization(max_gap=0.1)
+    with pytest.warns(UserWarning, match="was not reached"):
+        fit([guard], Validated, Held(loader_of(x[:400], y[:400], s[:400])), max_epochs=8)

@@ -41,6 +41,7 @@ class Census:
         self.total = 0.0
         self.values: list[list[int]] = []  # of each attribute, in order
         self.several = False  # labels an example
+        self.labelled = False  # targets are classes or labels
         self._tuples: dict[tuple[int, ...], dict[int, float]] = {}  # by attributes, then by class or label; -1: anyone
         self.codes: list[tuple[int, ...]] = []  # of each group: a value an attribute, -1 for any
         self.families = torch.zeros(0, dtype=torch.long)
@@ -110,6 +111,7 @@ class Census:
         self.families = torch.tensor(families, dtype=torch.long)
         self._of_groups = torch.tensor(self.codes, dtype=torch.long).reshape(self.groups, width)
         classes = max((cls for one in self._tuples.values() for cls in one), default=-1) + 1
+        self.labelled = classes > 0
         self.cells = torch.zeros(self.groups, max(classes, 1), dtype=torch.float64)
         self.counts = torch.zeros(self.groups, dtype=torch.float64)
         for codes, by_class in self._tuples.items():
@@ -123,13 +125,16 @@ class Census:
 
     def support(self, notion: Notion, rates: int) -> Tensor:
         """How many training examples each rate of each group is a mean of, ``(R, G)``."""
+        labelled = self.counts if self.several or not self.labelled else self.cells.sum(1)
+        if notion in ("accuracy_parity", "calibration"):
+            return labelled.expand(rates, -1)
         if notion not in ("equal_opportunity", "predictive_equality", "equalized_odds"):
             return self.counts.expand(rates, -1)
         columns = rates // 2 if notion == "equalized_odds" else rates
         actual = self.cells.T if self.several or columns > 1 else self.cells.T[1:]  # one column of two is class 1
         missing = columns - len(actual)
         actual = torch.cat([actual, torch.zeros(max(missing, 0), self.groups, dtype=actual.dtype)])[:columns]
-        others = self.counts - actual
+        others = labelled - actual
         if notion == "equal_opportunity":
             return actual
         return others if notion == "predictive_equality" else torch.cat([actual, others])

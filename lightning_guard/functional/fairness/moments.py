@@ -107,19 +107,23 @@ def moments(
         )
     if notion == "demographic_parity":
         return _all(scores)
+    known = (target >= 0).reshape(len(target), -1).to(scores)  # e.g. -100 is ignored: of no class, and not of the rest
+    actual = actual.clamp_min(0)
     if notion == "equal_opportunity":
         return Moments(scores, actual)
+    others = (1 - actual) * known
     if notion == "predictive_equality":
-        return Moments(scores, 1 - actual)
+        return Moments(scores, others)
     if notion == "equalized_odds":
-        return Moments(torch.cat([scores, scores], 1), torch.cat([actual, 1 - actual], 1))
+        return Moments(torch.cat([scores, scores], 1), torch.cat([actual, others], 1))
     if notion == "accuracy_parity":
         if scores.shape[1] > 1 and not several:
-            return _all((scores * actual).sum(1, keepdim=True))
-        return _all(scores * actual + (1 - scores) * (1 - actual))
+            return Moments((scores * actual).sum(1, keepdim=True), known)
+        return Moments(scores * actual + (1 - scores) * (1 - actual), known.expand_as(scores))
     if several:
         raise ValueError("notion='calibration' of several labels an example is not built; use it on one label")
-    return _all(_miscalibration(logits, actual))
+    missed = _miscalibration(logits, actual)
+    return Moments(missed, known.expand_as(missed))
 
 
 def _all(values: Tensor) -> Moments:
