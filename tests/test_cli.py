@@ -750,17 +750,17 @@ def test_a_sweep_makes_an_arm_of_each_value(compared, monkeypatch):
     } == {
         "none": [None, None],
         "pruning sparsity=3e-1": [None, 0.3], "pruning sparsity=0.6": [None, 0.6],
-        "both weight=0.5 sparsity=3e-1": [0.5, 0.3], "both weight=0.5 sparsity=0.6": [0.5, 0.6],
-        "both weight=2 sparsity=3e-1": [2.0, 0.3], "both weight=2 sparsity=0.6": [2.0, 0.6],
+        "both steepness=0.5 sparsity=3e-1": [0.5, 0.3], "both steepness=0.5 sparsity=0.6": [0.5, 0.6],
+        "both steepness=2 sparsity=3e-1": [2.0, 0.3], "both steepness=2 sparsity=0.6": [2.0, 0.6],
     }  # fmt: skip
     assert compared["arms"]["none"].sweep is None
-    assert compared["arms"]["both weight=2 sparsity=0.6"].sweep == {
+    assert compared["arms"]["both steepness=2 sparsity=0.6"].sweep == {
         "of": "both", "key": "guards.fairness.steepness", "value": 2,
         "also": [{"key": "guards.magnitude_pruning.sparsity", "value": 0.6}],
     }  # fmt: skip
     assert compared["arms"]["pruning sparsity=3e-1"].sweep["value"] == 0.3
     assert len({arm.config for arm in compared["arms"].values()}) == len(compared["arms"])
-    assert set(compared["arms"]["both weight=2 sparsity=0.6"].recipes) == {"fairness", "pruning"}
+    assert set(compared["arms"]["both steepness=2 sparsity=0.6"].recipes) == {"fairness", "pruning"}
 
 
 def test_a_sweep_of_one_name_in_two_guards_says_which(compared):

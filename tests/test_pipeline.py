@@ -197,7 +197,7 @@ def test_a_reading_that_names_no_submodule_is_refused():
 def test_privacy_and_a_batch_coupled_loss_are_refused():
     log: list = []
     private = recording("private", Phase.GRADIENTS, log, frozenset({Trait.BOUNDS_EXAMPLES}))
-    text = str(conflict([private, FairnessRegularization()]))
+    text = str(conflict([private, FairnessRegularization(mode="penalty")]))
     assert "private and fairness: one example then changes what others contribute" in text
     undeclared = recording("unknown", Phase.LOSS, log, None)
     assert "private and unknown" in str(conflict([private, undeclared]))  # taken for the worst
@@ -282,14 +282,14 @@ def test_a_validation_step_that_calls_training_step_is_not_training(batch):
     data = loader(shuffle=False)
     data = data if batch is None else [(x, g, y) for x, y, g in data]
     data = data if batch is None else torch.utils.data.DataLoader(data, batch_size=None)
-    once, twice = FairnessRegularization(batch=batch), FairnessRegularization(batch=batch)
+    once, twice = (FairnessRegularization(mode="penalty", batch=batch) for _ in range(2))
     alone = fit([AdversarialTraining(0.1), once], Net, data)
     with_validation = Sharing()
     run = trainer([AdversarialTraining(0.1), twice], num_sanity_val_steps=0)
     pl.seed_everything(0, verbose=False)
     run.fit(with_validation, data, data)
     assert alone.fitted.global_step == run.global_step
-    assert torch.equal(once._counts, twice._counts)  # rates of training data only
+    assert torch.equal(once._mode.running.counts, twice._mode.running.counts)  # rates of training data only
 
 
 class ManualSteps(GuardMixin, ManualNet):
@@ -380,7 +380,7 @@ def test_a_group_that_is_no_tensor_is_refused():
         def training_step(self, batch, batch_idx):
             return super().training_step(batch[0], batch_idx)
 
-    assert "the group is a list" in str(conflict([FairnessRegularization()], Nested, data=[loader()] * 3))
+    assert "several training loaders" in str(conflict([FairnessRegularization()], Nested, data=[loader()] * 3))
 
 
 def test_inputs_that_training_step_changes_are_refused():

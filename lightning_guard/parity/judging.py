@@ -49,6 +49,11 @@ def count(run: Run, intersections: bool, continuous: bool = False) -> tuple[Cens
     """
     trainer = run.trainer
     loader, batches = trainer.train_dataloader, trainer.num_training_batches
+    if isinstance(loader, list | tuple | dict):
+        raise GuardConflict(
+            "several training loaders give a batch of batches, in which no group is found; give one DataLoader of "
+            "(x, y, group)"
+        )
     if batches == float("inf"):
         raise GuardConflict(
             "the training data have no known end, so their groups cannot be counted before training; set "
