@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_guard.ascent import outside
-from lightning_guard.functional.fairness import Census, moments
+from lightning_guard.functional.fairness import OF_NUMBERS, Census, moments
 from lightning_guard.guard import GuardConflict, Run, Step
 from lightning_guard.parity.base import Seen
 from lightning_guard.parity.constraint import Constraint
@@ -171,6 +171,11 @@ def _measured(step: Step, mode: Constraint, kept: Sequence[tuple[Tensor, Tensor 
     logits = torch.cat([logits for logits, _, _ in kept])
     targets = [target for _, target, _ in kept if target is not None]
     target = torch.cat(targets) if targets else None
+    if target is None and mode.notion not in ("demographic_parity", *OF_NUMBERS):
+        raise GuardConflict(
+            f"validation batches have a group and no target, without which {mode.notion} cannot be measured on them; "
+            "give (x, y, group), or batches without the group"
+        )
     members = mode.census.members(torch.cat([group for _, _, group in kept]))
     seen = Seen(step, mode.census, logits, target, members, torch.zeros(0))
     rates = table(mode.moments(seen, None), seen.members)

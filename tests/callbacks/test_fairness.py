@@ -718,3 +718,16 @@ def test_validation_rows_that_refute_the_gap_do():
     guard = FairnessRegularization(max_gap=0.1)
     with pytest.warns(UserWarning, match="was not reached"):
         fit([guard], Validated, Held(loader_of(x[:400], y[:400], s[:400])), max_epochs=8)
+
+
+def test_validation_without_targets_is_refused_by_name():
+    x, _, s = biased()
+    rows = [{"x": x[:100], "group": s[:100]}]
+
+    class Named(Logit):
+        def validation_step(self, batch, batch_idx):
+            assert torch.isfinite(self(batch["x"])).all()
+
+    unlabelled = torch.utils.data.DataLoader(rows, batch_size=None)
+    with pytest.raises(GuardConflict, match="no target, without which equal_opportunity"):
+        fit([FairnessRegularization("equal_opportunity", max_gap=0.2)], Named, Held(unlabelled), max_epochs=3)
