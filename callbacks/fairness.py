@@ -180,6 +180,7 @@ class FairnessRegularization(Guard):
         self._census: Census | None = None
         self._choice, self._outcome = Choice(), ""
         self._run: Run | None = None
+        self._unbounded = ""  # groups with too few examples
         self._vain = False  # no rate has enough examples to be bounded
 
     @property
@@ -278,10 +279,11 @@ class FairnessRegularization(Guard):
         small = census.support(self.notion, rates) < self.min_support
         if bool(small.any()):
             names = [census.name(g) for g in small.any(0).nonzero()[:, 0].tolist()]
-            rank_zero_warn(
-                f"{self.name}: fewer than min_support={self.min_support} training examples of {', '.join(names[:10])} "
-                f"for {self.notion}, so their rates are not bounded; merge small groups, or lower min_support"
+            self._unbounded = (
+                f"fewer than min_support={self.min_support} training examples of {', '.join(names[:10])} "
+                f"for {self.notion}, so their rates are not bounded"
             )
+            rank_zero_warn(f"{self.name}: {self._unbounded}; merge small groups, or lower min_support")
         families = [~small[:, census.families == f] for f in census.families.unique()]
         least = 1 if self.notion in ABSOLUTE else 2
         self._vain = all(int(judged.sum(1).max()) < least for judged in families)
@@ -401,7 +403,7 @@ class FairnessRegularization(Guard):
         rank_zero_warn(f"{self.name}: {what}; {remedy}")
 
     def notes(self) -> list[str]:
-        return [f"{self._outcome}."] if self._outcome else []
+        return [f"{what}." for what in (self._outcome, self._unbounded) if what]
 
     def state(self) -> dict[str, Any]:
         if self._mode is None:

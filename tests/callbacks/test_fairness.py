@@ -471,7 +471,8 @@ def test_groups_too_small_to_bound_are_named():
     group = torch.zeros(2000, dtype=torch.long)
     group[:1000], group[-5:] = 1, 2
     with pytest.warns(UserWarning, match="fewer than min_support=30 training examples of group 2"):
-        fit([FairnessRegularization(max_gap=0.1)], Logit, data(group=group), max_epochs=1)
+        fit([guard := FairnessRegularization(max_gap=0.1)], Logit, data(group=group), max_epochs=1)
+    assert any("group 2" in note and "not bounded" in note for note in guard.notes())  # the report's reader too
 
 
 def test_resume_is_bitwise_with_the_choice(tmp_path):
