@@ -22,16 +22,19 @@ from lightning_guard.functional.privacy import (
     Mechanism,
     Noise,
     PrivacyPlan,
+    Queries,
     chunks_within,
     correct_adam_,
     dealt,
     group_norms,
+    noise_of_all,
     population,
     probe,
     together,
 )
-from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait, callbacks_of
+from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Query, Run, Step, Trait, callbacks_of
 from lightning_guard.leaks import Leaks
+from lightning_guard.private import PrivateSums
 from lightning_guard.unchanged import Unchanged
 from lightning_guard.undo import swap_value
 
@@ -187,6 +190,12 @@ class DPSGD(Guard):
             yield "GradientAccumulationScheduler changes the batch size, which the plan fixes; use batch_size"
         if not module.automatic_optimization and (trainer.accumulate_grad_batches > 1 or self.max_physical_batch_size):
             yield "accumulated batches need automatic optimisation; set accumulate_grad_batches=1 and no physical limit"
+        asked = [query for guard in run.guards if not guard.off for query in guard.queries()]
+        if self.users is not None and any(query.once for query in asked):
+            yield (
+                f"{', '.join(query.name for query in asked if query.once)} counts all rows, and a person may have any "
+                "number of them; leave users out, or the guard that counts"
+            )
         if not self.replace_batch_norm:
             for name, layer in module.named_modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
@@ -206,6 +215,15 @@ class DPSGD(Guard):
     def prepare(self, run: Run) -> None:
         self._reset()
         self._run, self._accumulated = run, run.trainer.accumulate_grad_batches
+        self._noise = Noise(self.test_seed)
+        self._queries = Queries(self._noise, run.trainer.global_rank, run.trainer.world_size)
+        self._sums = PrivateSums(run, self._queries, self._asked, self._dealt)
+        if not self.off:
+            run.private = self._sums
+
+    def _dealt(self) -> Deal:
+        assert self._deal is not None
+        return self._deal
 
     def on_loader(self, loader: Any) -> Any:
         if self.off:
@@ -231,6 +249,7 @@ class DPSGD(Guard):
                 f"limit_train_batches={limit} cuts a draw of {chunks} batches in two; give a multiple of {chunks}"
             )
         plan = self._planned(units, size, used // chunks)
+        self._sums.planned(loader, plan.batch_size, units)
         if self._ledger is None:
             # A length that only the Trainer states, and that nothing depends on, may be another after a resume.
             fixed = self.target_epsilon is not None or (self.noise_final, self.clip_final) != (1, 1)
@@ -262,7 +281,14 @@ class DPSGD(Guard):
             clipping=self.clipping, sampling=self.sampling, unit="example" if self.users is None else "user",
             releases=self.releases, noise_final=self.noise_final, clip_final=self.clip_final,
             target_quantile=self.target_quantile,
+            query_noise=noise_of_all(q.noise for q in self._asked.values() if not q.once),
+            once_noise=noise_of_all(q.noise for q in self._asked.values() if q.once),
         )  # fmt: skip
+
+    @property
+    def _asked(self) -> dict[str, Query]:
+        """What other guards ask of the training data, by name."""
+        return {query.name: query for guard in self._run.guards if not guard.off for query in guard.queries()}
 
     def begin(self, run: Run) -> None:
         if self.off:
@@ -282,11 +308,12 @@ class DPSGD(Guard):
                     "float32 or float64 weights; run a lazy module once, and use precision='bf16-mixed'"
                 )
         self._mechanism = Mechanism(
-            _trainable(module), Clipping(self.clipping, self.stability), Noise(self.test_seed), self.loss_reduction,
+            _trainable(module), Clipping(self.clipping, self.stability), self._noise, self.loss_reduction,
             self.clip_rate, trainer.global_rank, trainer.world_size, lambda text: GuardConflict(f"{self.name}: {text}"),
         )  # fmt: skip
         run.undo.callback(self._mechanism.close)
-        self._leaks = Leaks(run, f"guard/{self.name}/", self.withhold_metrics)
+        asking = [guard.name for guard in run.guards if Trait.QUERIES_DATA in (guard.traits or ())]
+        self._leaks = Leaks(run, tuple(f"guard/{name}/" for name in (self.name, *asking)), self.withhold_metrics)
         self._unchanged = Unchanged(module)
         if trainer.world_size > 1:  # clipped sums are exchanged by us
             swap_value(run.undo, trainer.strategy.model, "require_backward_grad_sync", False)
@@ -426,6 +453,8 @@ class DPSGD(Guard):
             self._refuse(self._unchanged.written())
         with _refused(self.name):
             private.take(deal, every=automatic)
+            if deal.last and private.released == 1:
+                self._queries.release()
         if deal.last:
             ledger.pending = automatic
         if deal.last and private.released == 1:

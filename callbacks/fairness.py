@@ -1,6 +1,7 @@
 """A bound on the difference between groups as a guard."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any, ClassVar, Literal, get_args
 
 import pytorch_lightning as pl
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_guard.functional import NOTIONS, Notion
-from lightning_guard.functional.fairness import ABSOLUTE, OF_NUMBERS, Census
-from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait, callbacks_of
+from lightning_guard.functional.fairness import ABSOLUTE, OF_NUMBERS, OF_RATES, Census
+from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Query, Run, Step, Trait, callbacks_of
 from lightning_guard.parity import (
     HSIC,
     MMD,
@@ -25,11 +26,22 @@ from lightning_guard.parity import (
     Reweigh,
     Seen,
     count,
+    count_privately,
     measure,
 )
 
 Kind = Literal["constraint", "penalty", "group_dro", "reweigh", "mmd", "hsic", "adversarial", "counterfactual"]
 _WEIGHTED = ("penalty", "mmd", "hsic", "adversarial", "counterfactual")
+_BOUND = ("constraint",)
+_OF_GROUPS = ("constraint", "penalty", "group_dro", "reweigh", "mmd", "hsic", "adversarial")
+_QUERYING = ("constraint", "reweigh")  # what they remember of the data are sums, which may be noisy
+_SAYS: dict[str, tuple[str, ...]] = {  # to which modes an option says something
+    "weight": _WEIGHTED, "notion": ("constraint", "penalty", "adversarial"), "layer": ("mmd", "hsic", "adversarial"),
+    "continuous": ("hsic",), "max_gap": _BOUND, "margin": _BOUND, "intersections": _OF_GROUPS, "min_support": _BOUND,
+    "steepness": ("constraint", "penalty"), "step_size": ("constraint", "group_dro"),
+    "memory": ("constraint", "penalty"), "cap": _BOUND, "warmup": _BOUND, "select": _BOUND, "thresholds": _BOUND,
+    "groups": _OF_GROUPS, "count_noise": _QUERYING, "rate_noise": _BOUND,
+}  # fmt: skip
 _COUPLED = ("penalty", "group_dro", "mmd", "hsic", "adversarial")  # an example's term depends on others of its batch
 
 
@@ -74,6 +86,10 @@ class FairnessRegularization(Guard):
         warmup: time before multipliers rise, as a fraction of training (float) or in optimizer steps (int).
         select: take the best weights that keep the gap; else the last are kept.
         thresholds: of ``quantile_parity``, in units of the target; None is the nine deciles of the training targets.
+        groups: how many values each attribute can take, e.g. ``[2, 5]`` for 0 and 1, and 0 to 4. Beside DP-SGD it must
+            be given: which groups there are tells who is in the data.
+        count_noise: beside DP-SGD, standard deviation of the noise on the count of each group and class, in examples.
+        rate_noise: beside DP-SGD, of the noise on the counts of decisions in each step; see the docs.
         batch: how a batch is read, if the defaults do not fit. The group is whole numbers ``(N,)``, or ``(N, A)`` for
             several attributes, negative or NaN where unknown.
 
@@ -88,6 +104,8 @@ class FairnessRegularization(Guard):
     | ``max_gap`` is not reached                   | a warning and a note with the gap that was                   |
     | the model decides alike for nearly everybody | a warning and a note: it closes every gap and is of no use   |
     | data without an end                          | refused: their groups cannot be counted                      |
+    | beside DP-SGD                                | counts and rates have noise, paid from the same budget       |
+    | ... in other modes than ``reweigh``          | refused                                                      |
 
     Raises:
         GuardConflict: before training, if the promise cannot be kept.
@@ -103,7 +121,7 @@ class FairnessRegularization(Guard):
 
     name: ClassVar[str] = "fairness"
     phase: ClassVar[Phase] = Phase.LOSS
-    traits: frozenset[Trait] | None = frozenset({Trait.REMEMBERS_DATA})  # a penalty couples examples too
+    traits: frozenset[Trait] | None = frozenset({Trait.QUERIES_DATA})  # of the constraint; by mode
     needs_group: ClassVar[bool] = True
     needs_logits: bool = True
 
@@ -125,25 +143,33 @@ class FairnessRegularization(Guard):
         warmup: int | float = 0.1,
         select: bool = True,
         thresholds: Sequence[float] | None = None,
+        groups: Sequence[int] | None = None,
+        count_noise: float = 50.0,
+        rate_noise: float = 8.0,
         batch: Batch | None = None,
     ):
         if mode not in get_args(Kind):
             raise ValueError(f"mode={mode!r} is not known; give one of {', '.join(get_args(Kind))}")
         if notion not in NOTIONS:
             raise ValueError(f"notion={notion!r} is not known; give one of {', '.join(NOTIONS)}")
-        if weight is not None and mode not in _WEIGHTED:
-            also = "; it is of a penalty: give mode='penalty', or max_gap alone" if mode == "constraint" else ""
-            raise ValueError(f"weight={weight} says nothing to mode={mode!r}{also}; leave it out")
-        if notion != "demographic_parity" and mode not in ("constraint", "penalty", "adversarial"):
-            raise ValueError(f"notion={notion!r} says nothing to mode={mode!r}; leave it out")
+        given = {name: value for name, value in locals().items() if name in _SAYS}
+        for option, value in given.items():
+            if (
+                value != signature(FairnessRegularization.__init__).parameters[option].default
+                and mode not in _SAYS[option]
+            ):
+                also = "; it is of a penalty: give mode='penalty', or max_gap alone" if option == "weight" else ""
+                also = "; it is promised by mode='constraint' alone" if option == "max_gap" else also
+                raise ValueError(f"{option}={value!r} says nothing to mode={mode!r}{also}; leave it out")
         if mode == "adversarial" and notion not in ("demographic_parity", "equalized_odds"):
             raise ValueError(f"notion={notion!r} is not built for mode='adversarial'; give equalized_odds, or none")
-        if layer is not None and mode not in ("mmd", "hsic", "adversarial"):
-            raise ValueError(f"layer={layer!r} says nothing to mode={mode!r}; leave it out")
-        if continuous and mode != "hsic":
-            raise ValueError(f"continuous={continuous} needs mode='hsic'; mode={mode!r} compares groups")
-        if mode != "constraint" and max_gap is not None:
-            raise ValueError(f"max_gap={max_gap} is promised by mode='constraint' alone; mode={mode!r} takes a weight")
+        if thresholds is not None and notion != "quantile_parity":
+            raise ValueError(f"thresholds={thresholds} are of notion='quantile_parity'; leave them out")
+        for option, noise in (("count_noise", count_noise), ("rate_noise", rate_noise)):
+            if not 0 < noise < float("inf"):
+                raise ValueError(f"{option}={noise} hides nobody, or everything; give a positive number")
+        if groups is not None and not (groups and min(groups) >= 2):
+            raise ValueError(f"groups={groups} leave nothing to compare; give the number of values of each attribute")
         if max_gap is None and mode == "constraint" and notion not in ("bounded_group_loss", "mean_parity"):
             max_gap = 0.05  # a fraction; of losses and numbers nobody but the user knows the unit
         if mode == "constraint" and (max_gap is None or not max_gap > 0):
@@ -170,8 +196,9 @@ class FairnessRegularization(Guard):
         self.intersections, self.min_support, self.steepness = intersections, min_support, steepness
         self.step_size, self.memory, self.cap, self.warmup = step_size, memory, cap, warmup
         self.select, self.thresholds, self.batch = select, thresholds, batch
+        self.groups, self.count_noise, self.rate_noise = groups, count_noise, rate_noise
         coupled = {Trait.COUPLES_EXAMPLES} if mode in _COUPLED else set()
-        self.traits = frozenset({Trait.REMEMBERS_DATA} | coupled)
+        self.traits = frozenset({Trait.QUERIES_DATA if mode in _QUERYING else Trait.REMEMBERS_DATA} | coupled)
         self._state: Mapping[str, Any] | None = None
         self._fresh()
 
@@ -182,6 +209,7 @@ class FairnessRegularization(Guard):
         self._run: Run | None = None
         self._unbounded = ""  # groups with too few examples
         self._vain = False  # no rate has enough examples to be bounded
+        self._private = False  # nothing of the data may be remembered without noise
 
     @property
     def off(self) -> bool:
@@ -192,7 +220,23 @@ class FairnessRegularization(Guard):
 
     # Before training ----------------------------------------------------------------------------------------------
 
+    def queries(self) -> Sequence[Query]:
+        """One count of groups and classes, and of each draw the hard decisions of each group."""
+        asked = [Query("fairness_count", self.count_noise, once=True)] if self.mode in _QUERYING else []
+        return [*asked, Query("fairness_rates", self.rate_noise)] if self.mode == "constraint" else asked
+
     def problems(self, run: Run) -> Iterable[str]:
+        if self._protected(run) and self.mode in _QUERYING and not self.off:
+            if self.groups is None:
+                yield (
+                    "which groups there are tells who is in the data, which are private here; give groups=[...], the "
+                    "number of values of each attribute, e.g. groups=[2]"
+                )
+            if self.mode == "constraint" and self.notion not in OF_RATES:
+                yield (
+                    f"notion={self.notion!r} has values without a bound, which no noise hides; beside private training "
+                    f"give one of {', '.join(sorted(OF_RATES))}"
+                )
         if isinstance(self.warmup, float) and run.endless and not self.off:
             yield (
                 f"warmup={self.warmup} is a fraction of a training without end; "
@@ -212,6 +256,12 @@ class FairnessRegularization(Guard):
         self._run = run
         if self.off:
             return
+        self._private = self._protected(run)
+        if self._private and run.private is None:
+            raise GuardConflict(
+                f"{self.name}: examples are private here, and nobody answers for sums over them; use DPSGD, or let the "
+                "guard that bounds examples offer Run.private"
+            )
         self._mode = self._made()
         run.undo.callback(self._mode.end)
         if state:
@@ -223,14 +273,22 @@ class FairnessRegularization(Guard):
                 self._census.restore(state["census"])
                 self._limits = state["thresholds"]
 
+    @staticmethod
+    def _protected(run: Run) -> bool:
+        """Whether examples are private, so that nothing of them may be remembered without noise."""
+        return any(Trait.BOUNDS_EXAMPLES in (guard.traits or ()) and not guard.off for guard in run.guards)
+
     def _made(self) -> Mode:
         weight = float(self.weight or 0.0)
         if self.mode == "constraint":
             assert self.max_gap is not None
             memory = 0.5 if self.memory is None else self.memory
+            query, least = "", float(self.min_support)
+            if self._private:  # of fewer, the noise alone makes as many
+                query, least = "fairness_rates", max(least, 4 * self.count_noise)
             return Constraint(
-                self.notion, self.max_gap, self.margin, self.steepness, self.step_size or 4.0, memory, self.cap,
-                self.min_support,
+                self.notion, self.max_gap, self.margin, self.steepness, self.step_size or 4.0, memory, self.cap, least,
+                query, self.rate_noise,
             )  # fmt: skip
         if self.mode == "penalty":
             return Penalty(self.notion, weight, self.steepness, 0.1 if self.memory is None else self.memory)
@@ -251,8 +309,12 @@ class FairnessRegularization(Guard):
             return
         assert self._run is not None
         assert self._mode is not None
-        if self._census is None:
-            self._census, numbers = count(self._run, self.intersections, self.continuous)
+        if self._census is None and self._private:
+            assert self.groups is not None
+            self._census = count_privately(self._run, "fairness_count", self.groups, self.intersections)
+            self._limits = torch.zeros(0)
+        elif self._census is None:
+            self._census, numbers = count(self._run, self.intersections, self.continuous, self.groups)
             self._limits = numbers.quantile(torch.arange(0.1, 1.0, 0.1)) if len(numbers) else torch.zeros(0)
         if not self.continuous:
             self._judge_groups(self._census)
@@ -276,17 +338,21 @@ class FairnessRegularization(Guard):
         rates = 2 if self.notion == "equalized_odds" else 1
         columns = census.cells.shape[1]
         rates *= columns if census.several or columns > 2 else 1
-        small = census.support(self.notion, rates) < self.min_support
+        assert isinstance(self._mode, Constraint)
+        least = self._mode.min_support
+        small = census.support(self.notion, rates) < least
         if bool(small.any()):
             names = [census.name(g) for g in small.any(0).nonzero()[:, 0].tolist()]
+            option = "min_support=" if least == self.min_support else ""
             self._unbounded = (
-                f"fewer than min_support={self.min_support} training examples of {', '.join(names[:10])} "
+                f"fewer than {option}{least:g} training examples of {', '.join(names[:10])} "
                 f"for {self.notion}, so their rates are not bounded"
             )
-            rank_zero_warn(f"{self.name}: {self._unbounded}; merge small groups, or lower min_support")
+            remedy = "lower min_support" if least == self.min_support else f"lower count_noise={self.count_noise:g}"
+            rank_zero_warn(f"{self.name}: {self._unbounded}; merge small groups, or {remedy}")
         families = [~small[:, census.families == f] for f in census.families.unique()]
-        least = 1 if self.notion in ABSOLUTE else 2
-        self._vain = all(int(judged.sum(1).max()) < least for judged in families)
+        enough = 1 if self.notion in ABSOLUTE else 2
+        self._vain = all(int(judged.sum(1).max()) < enough for judged in families)
 
     # In training --------------------------------------------------------------------------------------------------
 
@@ -337,6 +403,9 @@ class FairnessRegularization(Guard):
             return
         if self._vain or not all(guard.settled(run) for guard in run.guards):
             return
+        if self._private:
+            self._judge_privately(mode, trainer, pl_module)
+            return
         training = measure(trainer, pl_module, [(trainer.train_dataloader, trainer.num_training_batches)], mode)
         assert training is not None
         assert self.max_gap is not None
@@ -350,11 +419,28 @@ class FairnessRegularization(Guard):
         if not self.select or (found and both.rows > found["rows"]):  # measured on less, so not to be compared
             self._choice = Choice()
         merit = both.merit / both.rows
-        self._choice.offer(pl_module, trainer.current_epoch, gap, self.max_gap, kept, merit, both.constant)
+        error = mode.error(both.table)
+        self._choice.offer(pl_module, trainer.current_epoch, gap, self.max_gap, kept, merit, both.constant, error)
         self._choice.found |= {"rows": both.rows, "on": "training" if validation is None else "training and validation"}
         if not self.select:
             self._choice.weights = {}
         self.report(pl_module, measured_gap=gap, feasible=float(gap <= self.max_gap))
+
+    def _judge_privately(self, mode: Constraint, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """By the noisy rates of the last steps, which cost nothing more: the last weights that keep the bound."""
+        if mode.running.parts is None:
+            return
+        assert self.max_gap is not None
+        table = mode.standing()
+        gap, kept = mode.judged(table)
+        rates = (table[0] / table[2])[mode.present(len(table[0]))]
+        constant = bool(((rates < 0.005) | (rates > 0.995)).all())
+        epoch = trainer.current_epoch
+        self._choice.offer(module, epoch, gap, self.max_gap, kept, float(epoch), constant, mode.error(table))
+        self._choice.found |= {"rows": 0, "on": "noisy counts of training"}
+        if not self.select:
+            self._choice.weights = {}
+        self.report(module, measured_gap=gap, feasible=float(gap <= self.max_gap))
 
     # After it -----------------------------------------------------------------------------------------------------
 
@@ -384,7 +470,11 @@ class FairnessRegularization(Guard):
         if not found:
             return
         self._choice.take(module)
-        where = f"{self.notion} gap of {found['gap']:.4f} on {found['on']} data, epoch {found['epoch']}"
+        error = float(found.get("error", 0.0))
+        where = (
+            f"{self.notion} gap of {found['gap']:.4f} (standard error {error:.4f}) on {found['on']} data, "
+            f"epoch {found['epoch']}"
+        )
         if found["constant"]:
             self._say(
                 "the model predicts the same for nearly everybody, which closes every gap and is of no use",
@@ -396,7 +486,15 @@ class FairnessRegularization(Guard):
                 "train longer, raise step_size or cap, or allow more",
             )
         else:
-            rank_zero_info(f"{self.name}: max_gap={self.max_gap} is kept: {where}")
+            self._outcome = f"max_gap={self.max_gap} is kept: {where}"
+            if 2 * error > float(self.max_gap or 0.0):
+                most = found["gap"] + 2 * error
+                self._say(
+                    f"{self._outcome}, but of so few examples that the gap on others may be {most:.2f}",
+                    "merge small groups, or judge it on more data",
+                )
+            else:
+                rank_zero_info(f"{self.name}: {self._outcome}")
 
     def _say(self, what: str, remedy: str) -> None:
         self._outcome = what

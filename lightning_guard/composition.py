@@ -54,6 +54,14 @@ RULES: tuple[Rule, ...] = (
         "Tramer and Boneh, ICLR 2021, arXiv:2011.11660, account for their BatchNorm statistics",
     ),
     Rule(
+        Trait.BOUNDS_EXAMPLES,
+        Trait.QUERIES_DATA,
+        Verdict.SOUND,
+        "what is remembered of the data are sums with noise of their own, paid from the same budget",
+        "clipping bounds the pull of the constraint too: it may take a larger step_size",
+        "by accounting them with the gradient; RaCO-DP, arXiv:2505.22703; tests/callbacks/test_fairness_private.py",
+    ),
+    Rule(
         "adversarial_training",
         "dp_sgd",
         Verdict.SOUND,

@@ -1,11 +1,11 @@
 """The contract between a safeguard and the run it guards."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_guard.batch import Batch
 from lightning_guard.still import buffer_versions, still
 
-__all__ = ["Batch", "Guard", "GuardConflict", "Phase", "Run", "Step", "Trait"]
+__all__ = ["Batch", "Guard", "GuardConflict", "Phase", "Private", "Query", "Run", "Step", "Trait"]
 
 
 class Phase(IntEnum):
@@ -31,6 +31,7 @@ class Trait(StrEnum):
     REMEMBERS_DATA = "remembers_data"  # keeps what it computed from training data outside the gradient
     POST_PROCESSING = "post_processing"  # computes from the weights alone
     BOUNDS_EXAMPLES = "bounds_examples"  # bounds what any single example can contribute, as privacy needs
+    QUERIES_DATA = "queries_data"  # remembers sums over training data, with noise wherever `Run.private` is there
 
 
 class GuardConflict(ValueError):
@@ -45,6 +46,42 @@ class GuardConflict(ValueError):
         return "\n  - ".join([f"the guards cannot keep their promises here, for {count}:", *self.problems])
 
 
+@dataclass(frozen=True)
+class Query:
+    """A sum over examples that a guard needs, which has noise where examples are private.
+
+    Args:
+        name: of the query, one in a run.
+        noise: standard deviation of its noise, in the largest contribution that one example can make (its L2 norm).
+        once: over all examples, before the first step; else over the examples of every step.
+    """
+
+    name: str
+    noise: float
+    once: bool = False
+
+
+class Private(Protocol):
+    """Answers queries of private data; a guard that bounds examples offers it as ``Run.private``."""
+
+    batch_size: int
+    """Expected examples of a step, a public number."""
+    units: int
+    """Examples in the training data, a public number."""
+
+    def once(self, name: str, rows: Callable[["Step"], Tensor]) -> Tensor:
+        """The noisy sum ``(K,)`` of ``rows(step)``, ``(N, K)`` of norms at most 1, over all training examples."""
+        ...
+
+    def open(self, name: str, size: int, take: Callable[[Tensor], None]) -> None:
+        """From now on ``take`` gets the noisy sum ``(size,)`` of each step, right after its gradients."""
+        ...
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """What the rows of this step's batch contribute, ``(N, size)`` of norms at most 1; longer ones are cut."""
+        ...
+
+
 @dataclass
 class Run:
     """One fit, validation, test or prediction as its guards see it."""
@@ -55,6 +92,7 @@ class Run:
     batch: Batch = field(default_factory=Batch)
     steps: int = 0  # training steps (micro-batches) begun since the start of training, resumed ones counted
     undo: ExitStack = field(default_factory=ExitStack)  # what ends with the run, also if it fails
+    private: Private | None = None  # examples are private: what is remembered of them must come from here
     _metrics: list[nn.Module] = field(default_factory=list)
     _probed: bool = False  # a first probe has shown that probes leave no trace
 
@@ -286,6 +324,10 @@ class Guard(pl.Callback):
 
     def problems(self, run: Run) -> Iterable[str]:
         """Why this guard cannot keep its promise in this run, each naming option, value and remedy."""
+        return ()
+
+    def queries(self) -> Sequence[Query]:
+        """What this guard asks of training data that are private, for a plan to pay for."""
         return ()
 
     def prepare(self, run: Run) -> None:

@@ -15,11 +15,11 @@ class Leaks:
 
     Args:
         run: the run; its module's ``log`` is watched until it ends.
-        own: prefix of the metrics that a guard logs itself, and answers for.
+        own: prefixes of the metrics that guards log themselves, and answer for.
         withhold: log nothing of ``training_step``.
     """
 
-    def __init__(self, run: Run, own: str, withhold: bool = False):
+    def __init__(self, run: Run, own: tuple[str, ...], withhold: bool = False):
         self.run, self.own, self.withhold = run, own, withhold
         self.logged: dict[str, None] = {}  # what training_step logged, in order
         swap(run.undo, run.module, "log", self._watching)

@@ -38,7 +38,15 @@ GUARDS: dict[type[Guard], Row] = {
     ),
     FairnessRegularization: Row(
         on=lambda: FairnessRegularization(
-            max_gap=0.01, min_support=1, margin=0.0, warmup=0, step_size=20.0, select=False
+            max_gap=0.01,
+            min_support=1,
+            margin=0.0,
+            warmup=0,
+            step_size=20.0,
+            select=False,
+            groups=[2],
+            count_noise=0.2,
+            rate_noise=0.6,
         ),
         off=lambda: FairnessRegularization(max_gap=math.inf),
     ),

@@ -501,7 +501,7 @@ def test_the_schema_takes_the_recipes_and_refuses_mistakes(capsys):
 
 def test_list_show_and_help_start_without_torch():
     script = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "import lightning_guard; from lightning_guard.cli import main\n"
         "for args in [[], ['list'], ['show', 'fairness'], ['show', 'pruning', 'fgsm'], ['show', 'magnitude_pruning'],\n"
         "             ['fit', '--help'], ['compare', '--help'], ['list', '-h'], ['--version']]:\n"
@@ -509,11 +509,9 @@ def test_list_show_and_help_start_without_torch():
         "assert main(['show', 'fairnes']) == 2\n"
         "heavy = {'torch', 'pytorch_lightning', 'jsonargparse', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "print('seconds', time.perf_counter() - start)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 1
     module = [sys.executable, "-m", "lightning_guard", "list"]
     done = subprocess.run(module, capture_output=True, text=True, cwd=ROOT, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == SHIPPED

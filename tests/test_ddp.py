@@ -24,6 +24,10 @@ from tests.guards import GUARDS
 from tests.toys import Net, PlainNet, Rows, fit, loader
 
 
+def listed(guards):
+    return guards if isinstance(guards, list) else [guards]
+
+
 class Steady(PlainNet):
     """Without dropout and batch statistics, two halves of a batch give the gradient of the whole."""
 
@@ -49,6 +53,22 @@ EXACT = {
     "fairness": lambda: FairnessRegularization(max_gap=0.01, min_support=1, margin=0.0, warmup=0, step_size=20.0),
     "penalty": lambda: FairnessRegularization(mode="penalty", weight=1.0),
     "equalized_odds": lambda: FairnessRegularization("equalized_odds", mode="penalty", weight=1.0),
+    "group_dro": lambda: FairnessRegularization(mode="group_dro", step_size=0.1),
+    "reweigh": lambda: FairnessRegularization(mode="reweigh"),
+    "adversarial": lambda: FairnessRegularization(mode="adversarial", weight=0.5),
+    "counted privately": lambda: [
+        FairnessRegularization(
+            max_gap=0.01,
+            margin=0.0,
+            warmup=0,
+            step_size=20.0,
+            min_support=1,
+            groups=[2],
+            count_noise=2.0,
+            rate_noise=1.0,
+        ),
+        DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.3, test_seed=3),
+    ],
     "magnitude_pruning": lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
     "privacy_audit": lambda: PrivacyAudit(canaries=32, seed=5),
     "dp_sgd": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.3, test_seed=3),
@@ -144,7 +164,8 @@ def work(rank: int, port: int, folder: str) -> None:
         rows, num_replicas=2, rank=rank, shuffle=False
     )  # else Lightning shuffles
     for name, guard in EXACT.items():
-        found[name] = fit([guard()], Steady, torch.utils.data.DataLoader(rows, 8, sampler=shares), **two).state_dict()
+        loader = torch.utils.data.DataLoader(rows, 8, sampler=shares)
+        found[name] = fit(listed(guard()), Steady, loader, **two).state_dict()
     for guard, row in GUARDS.items():  # as users have it: dropout, batch norm, shuffling, a step that unpacks two
         toys.BATCH_NORM = Trait.BOUNDS_EXAMPLES not in guard.traits
         found["none " + guard.name] = fit(**two).state_dict()
@@ -185,7 +206,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_two_processes_equal_one_on_the_union(ranks, name):
-    one = fit([EXACT[name]()], Steady, loader(batch_size=16, shuffle=False)).state_dict()
+    one = fit(listed(EXACT[name]()), Steady, loader(batch_size=16, shuffle=False)).state_dict()
     for key, value in ranks[0][name].items():
         torch.testing.assert_close(value, one[key], rtol=1e-4, atol=1e-5)
 

@@ -7,7 +7,7 @@ from lightning_guard.parity.constraint import Constraint
 from lightning_guard.parity.counterfactual import Counterfactual
 from lightning_guard.parity.dependence import HSIC, MMD
 from lightning_guard.parity.group_dro import GroupDRO
-from lightning_guard.parity.judging import count, measure
+from lightning_guard.parity.judging import count, count_privately, measure
 from lightning_guard.parity.penalty import Penalty
 from lightning_guard.parity.reweigh import Reweigh
 
@@ -24,5 +24,6 @@ __all__ = [
     "Reweigh",
     "Seen",
     "count",
+    "count_privately",
     "measure",
 ]

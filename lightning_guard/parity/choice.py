@@ -22,7 +22,15 @@ class Choice:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def offer(
-        self, module: nn.Module, epoch: int, gap: float, bound: float, kept: bool, merit: float, constant: bool
+        self,
+        module: nn.Module,
+        epoch: int,
+        gap: float,
+        bound: float,
+        kept: bool,
+        merit: float,
+        constant: bool,
+        error: float = 0.0,
     ) -> None:
         """Look at the weights of now.
 
@@ -34,6 +42,7 @@ class Choice:
             kept: the bound is kept with a margin of its uncertainty.
             merit: accuracy, or minus the loss.
             constant: nearly everybody is decided alike.
+            error: standard error of the gap.
         """
         rank = (0.0, -gap) if constant else (3.0, merit) if kept else (2.0, -gap) if gap <= bound else (1.0, -gap)
         if math.isnan(gap) or math.isnan(merit):
@@ -42,6 +51,7 @@ class Choice:
             return
         self.rank = rank
         self.found = {"epoch": epoch, "gap": gap, "merit": merit, "constant": constant, "feasible": gap <= bound}
+        self.found["error"] = error
         self.weights = {k: v.detach().clone() for k, v in module.state_dict().items() if isinstance(v, Tensor)}
 
     @torch.no_grad()

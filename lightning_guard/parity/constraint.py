@@ -6,7 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_guard.functional.fairness import OF_NUMBERS, Census, Multipliers, Notion, errors_of, gaps_of, moments
+from lightning_guard.functional.fairness import (
+    OF_NUMBERS,
+    Census,
+    Multipliers,
+    Notion,
+    errors_of,
+    gaps_of,
+    histogram,
+    largest,
+    moments,
+    table_of,
+)
 from lightning_guard.parity.base import Mode, Seen
 from lightning_guard.parity.running import Running, over_processes, table
 
@@ -31,6 +42,8 @@ class Constraint(Mode):
         memory: of the running rates, in epochs.
         cap: largest multiplier.
         min_support: rates of fewer training examples are not bounded.
+        query: where examples are private, the name of the query that answers for the hard decisions of each draw.
+        noise: of that query. The multipliers then follow what it releases and nothing else.
     """
 
     couples_examples = False
@@ -44,8 +57,11 @@ class Constraint(Mode):
         step_size: float = 4.0,
         memory: float = 0.5,
         cap: float = 20.0,
-        min_support: int = 30,
+        min_support: float = 30,
+        query: str = "",
+        noise: float = 0.0,
     ):
+        self.query, self.noise = query, noise
         self.notion: Notion = notion
         self.bound, self.margin, self.steepness = bound, margin, steepness
         self.step_size, self.cap, self.min_support = step_size, cap, min_support
@@ -58,6 +74,9 @@ class Constraint(Mode):
         self._pending: Tensor | None = None  # the table of the steps since the last update
         self._rows = 0  # of it
         self._at = -1  # the optimizer step of the last batch
+        self._unit = 0.0  # of the query's contributions; 0 before it is asked
+        self._draws = 0  # released since the last update
+        self._noise = 0.0  # in the running table: squared weights of the draws in it, summed
         self._price: Tensor | None = None  # of each rate and group, until the next update
         self._state: Mapping[str, Any] = {}
 
@@ -75,7 +94,24 @@ class Constraint(Mode):
         counts = table[2].clamp_min(1e-12)
         support = self.census.support(self.notion, table.shape[1])
         error = errors_of(table[0] / counts, table[1] / counts, support, present, self.census.families, self.notion)
+        error = (error.square() + self._noise_of(table, present)[: len(error)].square()).sqrt()
         return (self.bound - error).clamp_min(self.bound / 4)
+
+    def error(self, table: Tensor) -> float:
+        """The standard error of the widest gap in sums, squares and counts ``(3, R, G)``."""
+        counts = table[2].clamp_min(1e-12)
+        present = self.present(len(counts)) & (table[2] > 0)
+        rates = table[0] / counts
+        errors = errors_of(rates, table[1] / counts, counts, present, self.census.families, self.notion)
+        whole = (errors.square() + self._noise_of(table, present)[: len(errors)].square()).sqrt()
+        return float(whole[int(gaps_of(rates, present, self.census.families, self.notion).argmax()) % len(whole)])
+
+    def _noise_of(self, table: Tensor, present: Tensor) -> Tensor:
+        """What the query's noise adds to the standard error of each rate's gap ``(R,)``, at most."""
+        counts = table[2].clamp_min(1.0)
+        rates = (table[0] / counts).clamp(0, 1)
+        each = self._noise * (self.noise * self._unit) ** 2 * (rates.square() + (1 - rates).square()) / counts.square()
+        return torch.where(present, 2 * each, 0.0).amax(1).sqrt()
 
     def judged(self, table: Tensor) -> tuple[float, bool]:
         """The gap in sums, squares and counts ``(3, R, G)``, and whether it keeps what is aimed at."""
@@ -115,12 +151,18 @@ class Constraint(Mode):
             hard = self.moments(seen, None)
             rates = hard.values.shape[1]
             multipliers, present = self._ready(rates), self.present(rates)
+            if self.query and not self._unit:
+                self._ask(seen, rates)
             if not seen.step.rehearsal:
                 now = seen.step.run.trainer.global_step
                 # Between optimizer steps alone: batches whose gradients accumulate pay the same prices.
                 if self._pending is not None and now != self._at and self._rows >= self.census.total / _UPDATES:
                     self._learn(multipliers, present)
                 self._at = now
+                if self.query:
+                    assert seen.step.run.private is not None
+                    seen.step.run.private.add(self.query, histogram(hard, seen.members, self._unit))
+            if not seen.step.rehearsal and not self.query:
                 part = table(hard, seen.members)
                 rows = over_processes(torch.cat([part.flatten(), torch.tensor([float(len(seen.members))])]), seen)
                 part = rows[:-1].reshape(part.shape)
@@ -137,17 +179,43 @@ class Constraint(Mode):
         own = seen.members.to(price) @ price.T  # (N, R): the price of each rate for this example
         return (own * soft.counted * soft.values).sum() / max(len(seen.members), 1)
 
+    def _ask(self, seen: Seen, rates: int) -> None:
+        """Ask for the hard decisions of each draw, in place of looking at them."""
+        private = seen.step.run.private
+        assert private is not None
+        self._unit = largest(self.notion, rates, len(self.census.families.unique()))
+
+        def take(sums: Tensor) -> None:
+            part = table_of(sums, rates, self._unit)
+            self._pending = part if self._pending is None else self._pending + part
+            self._rows += private.batch_size
+            self._draws += 1
+
+        private.open(self.query, 2 * rates * self.census.groups, take)
+
     def _learn(self, multipliers: Multipliers, present: Tensor) -> None:
         assert self._pending is not None
         share = self._rows / self.census.total
-        self.running.add(self._pending, share)
+        keep = self.running.add(self._pending, share)
+        self._noise, self._draws = keep**2 * self._noise + self._draws, 0
         self._pending, self._rows, self._price = None, 0, None
         known = present & (self.running.counts > 0)
-        self.gap = float(gaps_of(self.running.rates, known, self.census.families, self.notion).amax())
+        parts = self.standing()
+        rates = parts[0] / parts[2].clamp_min(1e-12)
+        self.gap = float(gaps_of(rates, known, self.census.families, self.notion).amax())
         if self.active:
-            assert self.running.parts is not None
             speed = self._speed(len(known), present)
-            multipliers.update(self.running.rates, known, self.aims(self.running.parts, known), speed * share)
+            multipliers.update(rates, known, self.aims(parts, known), speed * share)
+
+    def standing(self) -> Tensor:
+        """Running sums, squares and counts ``(3, R, G)``, such as there can be: noise leaves sums beyond counts."""
+        parts = self.running.parts
+        assert parts is not None
+        if not self.query:
+            return parts
+        counts = parts[2].clamp_min(1.0)
+        sums = parts[0].clamp_min(0).minimum(counts)
+        return torch.stack([sums, sums, counts])
 
     def figures(self) -> dict[str, float | Tensor]:
         most = (
@@ -156,7 +224,7 @@ class Constraint(Mode):
         found = {"multiplier": most}
         if self.running.parts is not None:
             found["gap"] = self.gap
-        elif self._pending is not None:  # an epoch of one step
+        elif self._pending is not None and not self.query:  # an epoch of one step
             found["gap"] = self.judged(self._pending)[0]
         return dict(found)
 
@@ -170,11 +238,13 @@ class Constraint(Mode):
             return dict(self._state)
         pending = {} if self._pending is None else {"pending": self._pending, "rows": self._rows, "at": self._at}
         multipliers = {"up": self.multipliers.up.clone(), "down": self.multipliers.down.clone(), "gap": self.gap}
-        return {**multipliers, **pending, **self.running.state()}
+        noise = {"draws": self._draws, "noise": self._noise} if self.query else {}
+        return {**multipliers, **pending, **noise, **self.running.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._state, self.multipliers, self._price = state, None, None
         self._pending, self._rows = state.get("pending"), state.get("rows", 0)
         self._at = state.get("at", -1)
         self.gap = state.get("gap", 0.0)
+        self._draws, self._noise = state.get("draws", 0), state.get("noise", 0.0)
         self.running.restore(state)

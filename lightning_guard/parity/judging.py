@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_guard.ascent import outside
-from lightning_guard.functional.fairness import OF_NUMBERS, Census, moments
+from lightning_guard.functional.fairness import OF_NUMBERS, Census, census_of, joint, moments
 from lightning_guard.guard import GuardConflict, Run, Step
 from lightning_guard.parity.base import Seen
 from lightning_guard.parity.constraint import Constraint
@@ -41,11 +41,13 @@ def _unmoved(loader: Any) -> Iterator[None]:
             loader._iterator = held
 
 
-def count(run: Run, intersections: bool, continuous: bool = False) -> tuple[Census, Tensor]:
+def count(
+    run: Run, intersections: bool, continuous: bool = False, sizes: Sequence[int] | None = None
+) -> tuple[Census, Tensor]:
     """The groups of the training data, over all processes, and what numbers its targets are.
 
     Raises:
-        GuardConflict: if the data have no end, or no groups.
+        GuardConflict: if the data have no end, no groups, or others than ``sizes`` tells of.
     """
     trainer = run.trainer
     loader, batches = trainer.train_dataloader, trainer.num_training_batches
@@ -85,7 +87,36 @@ def count(run: Run, intersections: bool, continuous: bool = False) -> tuple[Cens
             other.restore(state)
             census.merge([other])
     census.close()
+    if sizes is not None:
+        most = [max(values, default=0) + 1 for values in census.values]
+        if len(most) != len(sizes) or any(found > size for found, size in zip(most, sizes, strict=True)):
+            raise GuardConflict(
+                f"groups={list(sizes)} does not fit the training data, whose attributes take up to {most} values; give "
+                "the number of values of each, counted from 0"
+            )
     return census, numbers
+
+
+def count_privately(run: Run, query: str, sizes: Sequence[int], intersections: bool) -> Census:
+    """The groups of private training data, as one noisy count by attributes and class tells them."""
+    assert run.private is not None
+    classes = 0
+
+    def rows(step: Step) -> Tensor:
+        nonlocal classes
+        if not classes:  # the shape of the logits is public, the classes in the data are not
+            with step.probe(), torch.no_grad(), run.trainer.precision_plugin.forward_context():
+                logits = run.forward(step.inputs)
+            classes = int(logits.shape[1]) if logits.dim() == 2 and logits.shape[1] > 1 else 2
+        target = step.target if run.batch.find(step.batch, "target") is not None else None
+        if isinstance(target, Tensor) and target.numel() != len(target):
+            raise GuardConflict("several labels an example are not built under privacy; train on one of them")
+        try:
+            return joint(step.group, target if isinstance(target, Tensor) else None, sizes, classes)
+        except ValueError as error:
+            raise GuardConflict(str(error)) from None
+
+    return census_of(run.private.once(query, rows), sizes, run.private.units, intersections)
 
 
 @dataclass

@@ -22,10 +22,11 @@ class Running:
         self.memory = memory
         self.parts: Tensor | None = None  # sums, squares, counts: (3, R, G)
 
-    def add(self, part: Tensor, share: float) -> None:
-        """Add a batch, ``(3, R, G)``, that is this share of an epoch."""
+    def add(self, part: Tensor, share: float) -> float:
+        """Add a batch, ``(3, R, G)``, that is this share of an epoch; returns how much the others still count."""
         keep = math.exp(-share / self.memory) if self.memory else 0.0
         self.parts = part if self.parts is None else keep * self.parts + part
+        return keep
 
     @property
     def rates(self) -> Tensor:

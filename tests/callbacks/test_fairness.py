@@ -219,7 +219,7 @@ def test_early_stopping_on_the_gap():
         ({"mode": "group_dro", "notion": "equal_opportunity"}, "notion='equal_opportunity' says nothing"),
         ({"mode": "adversarial", "notion": "equal_opportunity"}, "is not built for mode='adversarial'"),
         ({"layer": "layer"}, "layer='layer' says nothing"),
-        ({"mode": "mmd", "continuous": True}, "continuous=True needs mode='hsic'"),
+        ({"mode": "mmd", "continuous": True}, "continuous=True says nothing to mode='mmd'"),
         ({"mode": "penalty", "max_gap": 0.1}, "promised by mode='constraint' alone"),
         ({"max_gap": 0.0}, "max_gap=0.0"),
         ({"notion": "mean_parity"}, "max_gap=None"),

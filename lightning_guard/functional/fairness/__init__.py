@@ -3,6 +3,7 @@
 from lightning_guard.functional.fairness.census import Census
 from lightning_guard.functional.fairness.dependence import hsic, median_bandwidth, mmd2
 from lightning_guard.functional.fairness.group_dro import group_weights
+from lightning_guard.functional.fairness.histogram import OF_RATES, census_of, histogram, joint, largest, table_of
 from lightning_guard.functional.fairness.moments import (
     ABSOLUTE,
     NOTIONS,
@@ -29,18 +30,23 @@ __all__ = [
     "ABSOLUTE",
     "NOTIONS",
     "OF_NUMBERS",
+    "OF_RATES",
     "RATE_NOTIONS",
     "Census",
     "Moments",
     "Multipliers",
     "Notion",
     "RateNotion",
+    "census_of",
     "deviations",
     "errors_of",
     "gaps_of",
     "group_gap",
     "group_weights",
+    "histogram",
     "hsic",
+    "joint",
+    "largest",
     "median_bandwidth",
     "mmd2",
     "moments",
@@ -48,4 +54,5 @@ __all__ = [
     "rate_gaps",
     "rate_sums",
     "reverse_gradient",
+    "table_of",
 ]

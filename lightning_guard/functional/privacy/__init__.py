@@ -7,11 +7,12 @@ from lightning_guard.functional.privacy.canaries import Mixed, Outliers, label, 
 from lightning_guard.functional.privacy.clipping import Clipping, adapted
 from lightning_guard.functional.privacy.layers import correct_adam_, group_norms
 from lightning_guard.functional.privacy.ledger import Ledger
-from lightning_guard.functional.privacy.loaders import Joined, dealt, population, refilled, together
+from lightning_guard.functional.privacy.loaders import Joined, dealt, everyone, population, refilled, together
 from lightning_guard.functional.privacy.mechanism import Mechanism
 from lightning_guard.functional.privacy.noise import Noise
-from lightning_guard.functional.privacy.plan import PrivacyPlan
+from lightning_guard.functional.privacy.plan import PrivacyPlan, noise_of_all
 from lightning_guard.functional.privacy.probes import Findings, probe, take
+from lightning_guard.functional.privacy.queries import Queries, contributions
 from lightning_guard.functional.privacy.sampling import Deal, Draws, chunks_within
 from lightning_guard.functional.privacy.sums import NoisySum
 
@@ -30,6 +31,7 @@ __all__ = [
     "NoisySum",
     "Outliers",
     "PrivacyPlan",
+    "Queries",
     "Segment",
     "Unbooked",
     "adapted",
@@ -37,13 +39,16 @@ __all__ = [
     "ceiling",
     "chunks_within",
     "contrast",
+    "contributions",
     "correct_adam_",
     "dealt",
     "epsilon",
     "epsilon_lower_bound",
+    "everyone",
     "gaussian_epsilon",
     "group_norms",
     "label",
+    "noise_of_all",
     "p_value",
     "population",
     "probe",

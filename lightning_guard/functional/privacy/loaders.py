@@ -148,6 +148,12 @@ def dealt(loader: DataLoader, draws: Draws) -> DataLoader:
     return DataLoader(loader.dataset, batch_sampler=draws, **_options(loader))
 
 
+def everyone(loader: DataLoader, at_once: int) -> DataLoader:
+    """The loader over every row once, in their order, and otherwise as it was."""
+    options = _options(loader) | {"persistent_workers": False}
+    return DataLoader(loader.dataset, at_once, shuffle=False, **options)
+
+
 def refilled(loader: DataLoader, dataset: Dataset) -> DataLoader:
     """The loader over other rows, each once an epoch in an order of the same kind, and otherwise as it was.
 

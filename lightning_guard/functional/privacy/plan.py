@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
@@ -48,6 +48,9 @@ class PrivacyPlan:
             al., 2021).
         count_noise: standard deviation of the noise on the sum of centred indicators, :math:`b_i - 1/2`; by default
             ``batch_size / 20`` with a ``target_quantile``.
+        query_noise: of further sums over each draw, standard deviation of the noise over the L2 norm that one unit can
+            contribute to all of them, see :func:`noise_of_all`; part of the same release, so the gradient has more.
+        once_noise: the same of sums over all units that are taken once, before the first step.
 
     Raises:
         ValueError: if a value is impossible or two do not go together.
@@ -94,6 +97,8 @@ class PrivacyPlan:
     clip_final: float = 1.0
     target_quantile: float | None = None
     count_noise: float | None = None
+    query_noise: float | None = None
+    once_noise: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):  # 8 and 8.0, or numpy's, are the same plan
@@ -112,7 +117,7 @@ class PrivacyPlan:
         for name in ("units", "batch_size", "steps", "steps_per_epoch", "releases"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} is too small; give 1 or more"
-        for name in ("max_grad_norm", "noise_final", "clip_final", "target_epsilon"):
+        for name in ("max_grad_norm", "noise_final", "clip_final", "target_epsilon", "query_noise", "once_noise"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 yield f"{name}={value} is impossible; give a finite number above 0"
@@ -136,6 +141,12 @@ class PrivacyPlan:
                 f"units={self.units} twice an epoch; give at most {self.units // max(self.batch_size, 1)} with "
                 "sampling='shuffle'"
             )
+        most = self.noise_multiplier * max(1.0, self.noise_final)
+        if self.query_noise is not None and self.query_noise <= most:
+            yield (
+                f"query_noise={self.query_noise:.3g} lets the queries of a step tell more than the whole step may with "
+                f"noise_multiplier={most:.3g}; give the queries more noise"
+            )
         if self.target_quantile is None:
             if self.count_noise is not None:
                 yield f"count_noise={self.count_noise} has nothing to count; give target_quantile or remove it"
@@ -146,11 +157,15 @@ class PrivacyPlan:
             yield f"clipping={self.clipping!r} has no norm for target_quantile to follow; give 'flat' or remove it"
         if self.clip_final != 1:
             yield f"clip_final={self.clip_final} and target_quantile both move max_grad_norm; give only one"
-        most = self.noise_multiplier * max(1.0, self.noise_final)
         if self.count_noise is not None and 2 * self.count_noise <= most:
             yield (
                 f"count_noise={self.count_noise:.3g} lets the count tell more than the whole release may with "
                 f"noise_multiplier={most:.3g}; give more than {most / 2:.3g}"
+            )
+        elif self.count_noise and self.query_noise and (2 * self.count_noise) ** -2 + self.query_noise**-2 >= most**-2:
+            yield (
+                f"query_noise={self.query_noise:.3g} and count_noise={self.count_noise:.3g} together tell more than "
+                f"the whole step may with noise_multiplier={most:.3g}; give either more"
             )
 
     @classmethod
@@ -205,8 +220,8 @@ class PrivacyPlan:
             return plan(length, noise_multiplier)
         if target_epsilon is not None and length is not None and noise_multiplier is None:
             plan(length, 0.0)  # other faults first
-            # Without the count, whose noise is judged only by the noise that is found.
-            lone = partial(plan, length, target_quantile=None, count_noise=None)
+            # Without count and queries, whose noise is judged only by the noise that is found.
+            lone = partial(plan, length, target_quantile=None, count_noise=None, query_noise=None)
             return plan(length, accounting.noise_multiplier(target_epsilon, delta, lambda z: lone(z).ledger()))
         if target_epsilon is not None and noise_multiplier is not None:
             whole = plan(1 if length is None else length, noise_multiplier)
@@ -253,14 +268,16 @@ class PrivacyPlan:
     def noise_at(self, step: int) -> float:
         r"""Noise multiplier of the gradient's release at a step, counted from 0.
 
-        With adaptive clipping the count tells something too, and the gradient needs
-        :math:`(z^{-2} - (2 \sigma_b)^{-2})^{-1/2}` for both together to tell as much as one release with noise
-        multiplier :math:`z` (Andrew et al., 2021, theorem 1): a centred indicator changes a sum by 1/2.
+        With adaptive clipping the count tells something too, and so do queries :math:`q`. The gradient needs
+        :math:`(z^{-2} - (2 \sigma_b)^{-2} - \sigma_q^{-2})^{-1/2}` for all together to tell as much as one release with
+        noise multiplier :math:`z` (Andrew et al., 2021, theorem 1): a centred indicator changes a sum by 1/2.
         """
         noise = self.noise_multiplier * self._level(step, self.noise_final)
-        if self.count_noise is None or noise == 0:
+        if noise == 0:
             return noise
-        return (noise**-2 - (2 * self.count_noise) ** -2) ** -0.5
+        count = 0.0 if self.count_noise is None else (2 * self.count_noise) ** -2
+        queries = 0.0 if self.query_noise is None else self.query_noise**-2
+        return noise if count == queries == 0 else (noise**-2 - count - queries) ** -0.5
 
     def clip_at(self, step: int) -> float:
         """Largest norm of a unit's gradient at a step, counted from 0; where adaptive clipping starts."""
@@ -269,11 +286,12 @@ class PrivacyPlan:
     def ledger(self, steps: int | None = None) -> list[Segment]:
         """What one unit takes part in during the first ``steps`` steps, by default all that are planned.
 
-        Poisson: that many subsampled releases. Shuffle: one release without subsampling in each epoch begun.
+        Poisson: that many subsampled releases. Shuffle: one release without subsampling in each epoch begun. What is
+        taken once is a release without subsampling before them.
         """
         steps = self.steps if steps is None else steps
         stride = max(steps, 1) if self.noise_final == 1 else self.steps_per_epoch
-        segments = []
+        segments = [] if self.once_noise is None else [Segment(self.once_noise, 1.0, 1)]
         for first in range(0, steps, stride):
             noise = self.noise_multiplier * self._level(first, self.noise_final) / math.sqrt(self.releases)
             count = min(stride, steps - first)
@@ -286,6 +304,18 @@ class PrivacyPlan:
     def epsilon(self, steps: int | None = None) -> float:
         """Privacy spent by the first ``steps`` steps, by default all that are planned, at ``delta``."""
         return accounting.epsilon(self.ledger(steps), self.delta)
+
+    @property
+    def query_cost(self) -> float:
+        """How much of epsilon is for queries: what would be spent less without them at the same noise on gradients."""
+        if self.query_noise is None and self.once_noise is None:
+            return 0.0
+        # Under a noise schedule the first epoch's ratio stands for all.
+        ratio = self.noise_at(0) / self.noise_multiplier if self.noise_multiplier else 1.0
+        if self.count_noise is not None:
+            ratio = replace(self, count_noise=None, target_quantile=None).noise_at(0) / self.noise_multiplier
+        lone = replace(self, noise_multiplier=self.noise_multiplier * ratio, query_noise=None, once_noise=None)
+        return self.epsilon() - lone.epsilon()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as numbers, strings and None."""
@@ -341,6 +371,13 @@ class PrivacyPlan:
         if self.target_quantile is not None:
             clipping += f", then at the {self.target_quantile:g} quantile (noise {self.count_noise:.3g} on the count)"
         lines.append(("clipping", clipping))
+        if self.query_noise is not None or self.once_noise is not None:
+            of = [
+                f"sums over {what} (noise {_short(noise)})"
+                for what, noise in (("each draw", self.query_noise), (f"all {many} once", self.once_noise))
+                if noise is not None
+            ]
+            lines.append(("queries", f"{' and '.join(of)}: {_short(self.query_cost)} of epsilon"))
         exact = "Gaussian DP (Dong et al., 2022), exact for batches fixed in advance"
         lines.append(("accountant", exact if shuffled else "PRV (Gopi et al., 2021), or RDP where lower"))
         return "\n".join(f"{head:12}{text}" for head, text in lines)
@@ -348,6 +385,23 @@ class PrivacyPlan:
     def _course(self, first: float, final: float) -> str:
         last = first * self._level(self.steps - 1, final)
         return _short(first) if last == first else f"{_short(first)} (last epoch {_short(last)})"
+
+
+def noise_of_all(noises: Iterable[float]) -> float | None:
+    r"""The noise of one release that tells as much as several of the same draw, :math:`(\sum_q \sigma_q^{-2})^{-1/2}`.
+
+    Args:
+        noises: standard deviations over the L2 norm that one unit can contribute.
+
+    Returns:
+        None of none.
+
+    Example:
+        >>> noise_of_all([3.0, 4.0])
+        2.4
+    """
+    found = [noise**-2 for noise in noises]
+    return sum(found) ** -0.5 if found else None
 
 
 def _short(value: float) -> str:

@@ -96,6 +96,8 @@ OTHER = {
     "clip_final": 0.9,
     "target_quantile": 0.5,
     "count_noise": 6.0,
+    "query_noise": 8.0,
+    "once_noise": 20.0,
 }
 
 
