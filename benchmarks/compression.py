@@ -201,7 +201,9 @@ def main() -> None:
 
 def table(net: str, rows: list[dict]) -> None:
     print(f"\n{net}: mean of {len({row['seed'] for row in rows})} seeds; ratios to the dense file in float32")
-    print("| arm | accuracy of the file | points lost (worst) | file | gzip | weights | batch 1 | batch 64 | training |")
+    print(
+        "| arm | accuracy of the file | points lost (worst) | file | gzip | weights | batch 1 | batch 64 | training |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     dense = {row["seed"]: row for row in rows if row["arm"] == "dense"}
     for arm in dict.fromkeys(row["arm"] for row in rows):

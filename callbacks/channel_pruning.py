@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_guard.apart import example_inputs, move, outputs_of, plain_copy
-from lightning_guard.callbacks.reshaping import _Reshaping, selected
+from lightning_guard.compression.apart import example_inputs, move, outputs_of, plain_copy
+from lightning_guard.compression.reshaping import _Reshaping, selected
 from lightning_guard.functional.channels import Coupled, choose, multiplications
 from lightning_guard.functional.reshaping import MIXING, apply_plan
 from lightning_guard.guard import Batch, GuardConflict, Run, Trait

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_guard.apart import outputs_of, plain_copy
+from lightning_guard.compression.apart import outputs_of, plain_copy
 from lightning_guard.functional.distillation import (
     distillation_losses,
     feature_losses,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
-from lightning_guard.callbacks.reshaping import _Reshaping, selected
+from lightning_guard.compression.reshaping import _Reshaping, selected
 from lightning_guard.functional.lowrank import check_rank, factorized, rank_of, saves, singular_values
 from lightning_guard.functional.reshaping import CONVOLUTIONS, is_pair, replace
 from lightning_guard.guard import GuardConflict, Trait

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_guard.compression.masking import Masks
+from lightning_guard.compression.rewinding import Rewinding
+from lightning_guard.compression.scheduled import ScheduledWeights
 from lightning_guard.functional import cubic_sparsity, floors, pattern_masks, regrown_masks, score_masks, stream
 from lightning_guard.guard import GuardConflict, Trait
-from lightning_guard.masking import Masks
-from lightning_guard.rewinding import Rewinding
-from lightning_guard.scheduled import ScheduledWeights
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_guard.compression.scheduled import ScheduledWeights
 from lightning_guard.functional import cluster_means, kmeans, nearest
 from lightning_guard.guard import GuardConflict, Phase, Trait
-from lightning_guard.scheduled import ScheduledWeights
 
 
 class WeightClustering(ScheduledWeights):

@@ -14,9 +14,9 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, OnE
 import lightning_guard.callbacks
 from lightning_guard.callbacks import RandomizedSmoothing
 from lightning_guard.composition import Verdict, findings
+from lightning_guard.compression.loading import load_reshaped
 from lightning_guard.functional.reshaping import reshape_like
 from lightning_guard.guard import Guard, GuardConflict, Trait
-from lightning_guard.loading import load_reshaped
 from lightning_guard.mixins import GuardMixin
 from lightning_guard.pipeline import current
 from lightning_guard.undo import StandIn

@@ -17,9 +17,9 @@ from lightning_guard.callbacks import (
     LowRankFactorization,
     MagnitudePruning,
 )
+from lightning_guard.compression.loading import load_reshaped
 from lightning_guard.data import FashionMNISTData
 from lightning_guard.guard import GuardConflict
-from lightning_guard.loading import load_reshaped
 from lightning_guard.models import SmallCNN
 from tests import toys
 from tests.toys import FEATURES, ManualNet, PlainNet, fit, loader, rows, same, trainer

@@ -9,8 +9,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_guard.callbacks import KnowledgeDistillation, LowRankFactorization
+from lightning_guard.compression.loading import load_reshaped
 from lightning_guard.guard import GuardConflict
-from lightning_guard.loading import load_reshaped
 from lightning_guard.models import SmallTransformer
 from tests.toys import PlainNet, fit, loader, same, trainer
 

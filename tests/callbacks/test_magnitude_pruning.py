@@ -7,9 +7,9 @@ from pytorch_lightning.callbacks import BaseFinetuning, EMAWeightAveraging, Mode
 from torch import nn
 
 from lightning_guard.callbacks import DPSGD, MagnitudePruning
+from lightning_guard.compression.masking import Masks
 from lightning_guard.functional import cubic_sparsity
 from lightning_guard.guard import GuardConflict
-from lightning_guard.masking import Masks
 from tests.toys import ManualNet, PlainNet, fit, loader, rows, same, trainer
 
 WEIGHTS = ("net.0.weight", "net.4.weight")
