@@ -1,28 +1,24 @@
-"""Gradual magnitude pruning as a guard."""
+"""Gradual pruning of weights as a guard."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
-from lightning_guard.functional import bit_mask, clear_, cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
-from lightning_guard.guard import Guard, GuardConflict, Phase, Run, Trait, callbacks_of
+from lightning_guard.compression.masking import Masks
+from lightning_guard.compression.rewinding import Rewinding
+from lightning_guard.compression.scheduled import ScheduledWeights
+from lightning_guard.functional import cubic_sparsity, floors, pattern_masks, regrown_masks, score_masks, stream
+from lightning_guard.guard import GuardConflict, Trait
 
-_PRUNABLE = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.MultiheadAttention,
-)  # fmt: skip
-_SPARED = (nn.Embedding, nn.EmbeddingBag)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class MagnitudePruning(Guard):
+class MagnitudePruning(ScheduledWeights):
     r"""Sets the smallest weights to zero and keeps them there, to an exact sparsity (Zhu and Gupta, 2017).
 
     The fraction dropped grows with the optimizer's steps, :math:`s_t = s (1 - (1 - t)^3)`, from ``start`` to ``end``.
@@ -33,10 +29,11 @@ class MagnitudePruning(Guard):
 
     Zeros make a model compressible, not small or fast by themselves: measure the file that you ship.
 
-    Logs ``guard/magnitude_pruning/sparsity``, the fraction of prunable weights that is masked.
+    Logs ``guard/magnitude_pruning/sparsity``, the fraction of prunable weights that is masked at the end of an epoch.
 
     Args:
-        sparsity: fraction of the prunable weights to drop in the end, in [0, 1); 0 switches the guard off.
+        sparsity: fraction of the prunable weights to drop in the end, in [0, 1); 0 switches the guard off. None is
+            0.8, or what ``pattern`` says.
         scope: ``global`` compares all weights, ``layer`` drops the same fraction of each layer.
         start: when to begin, as a fraction of training (float) or in optimizer steps (int).
         end: when the final sparsity is reached, as a fraction of training (float) or in optimizer steps (int).
@@ -44,6 +41,19 @@ class MagnitudePruning(Guard):
         targets: names or patterns (``*``) of modules to prune; None is all that can be pruned (Linear, convolution,
             attention projections).
         ignore: names or patterns (``*``) of modules to leave alone.
+        min_keep: fraction of each layer that ``global`` keeps at least, so that none vanishes; None is 0.02, or half
+            of what is kept if that is less.
+        pattern: ``"N:M"`` keeps exactly N of every M consecutive weights along the inputs, such as ``"2:4"``.
+        score: which weights go first: those of least ``magnitude``; at ``random``; of least ``gradient``, the sum of
+            :math:`|w g|` since the last update (Molchanov et al., 2019); of least ``movement``, the sum of
+            :math:`-w g` since training began (Sanh et al., 2020), which keeps what moves away from zero.
+        regrow: fraction of the kept weights that each update grows anew, from zero, where the dense gradient is
+            largest; it falls to 0 at ``end`` by a cosine (Evci et al., 2020).
+        rewind: when, as ``start``, to remember all weights. At ``end`` the masks are final and the weights go back
+            to what they were then, optimizers begin anew, and training goes on masked (Frankle et al., 2020).
+        rounds: with ``rewind``, how often to prune and to rewind between ``start`` and ``end``, each round dropping
+            the same fraction of what is left; ``every`` is not used then.
+        seed: of ``random`` scores.
 
     | case                                    | result                                              |
     |-----------------------------------------|-----------------------------------------------------|
@@ -57,12 +67,19 @@ class MagnitudePruning(Guard):
     | a weight shared by two modules          | masked once, and left alone if one of them is ignored |
     | weight_norm and other parametrisations  | refused: the weight itself is computed anew in every pass |
     | uninitialised (lazy) weights            | refused                                             |
+    | ``pattern`` and inputs that M does not divide | refused, by name                              |
+    | ``sparsity`` that leaves less than ``min_keep`` | refused                                     |
+    | ``gradient``, ``movement``, ``regrow``  | read gradients, so they are refused beside DP-SGD   |
+    | infinite gradients                      | count as none in a score                            |
 
     Raises:
         GuardConflict: before training, if the promise cannot be kept.
 
     Reference:
-        Zhu and Gupta, To Prune, or Not to Prune, 2017, arXiv:1710.01878.
+        Zhu and Gupta, To Prune, or Not to Prune, 2017, arXiv:1710.01878. Scores: Molchanov et al., CVPR 2019,
+        arXiv:1906.10771; Sanh et al., NeurIPS 2020, arXiv:2005.07683. Patterns: Zhou et al., ICLR 2021,
+        arXiv:2102.04010. Regrowing: Evci et al., ICML 2020, arXiv:1911.11134. Rewinding: Frankle and Carbin, ICLR
+        2019, arXiv:1803.03635; Frankle et al., ICML 2020, arXiv:1912.05671.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -70,245 +87,248 @@ class MagnitudePruning(Guard):
     """
 
     name: ClassVar[str] = "magnitude_pruning"
-    phase: ClassVar[Phase] = Phase.WEIGHTS
-    traits: frozenset[Trait] | None = frozenset({Trait.POST_PROCESSING})
+    verb: ClassVar[str] = "prune"
 
     def __init__(
         self,
-        sparsity: float = 0.8,
+        sparsity: float | None = None,
         scope: Literal["global", "layer"] = "global",
         start: int | float = 0.0,
         end: int | float = 0.5,
         every: int = 10,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = (),
+        min_keep: float | None = None,
+        pattern: str | None = None,
+        score: Literal["magnitude", "random", "gradient", "movement"] = "magnitude",
+        regrow: float = 0.0,
+        rewind: int | float | None = None,
+        rounds: int = 1,
+        seed: int = 0,
     ):
-        if not 0 <= sparsity < 1:
+        self._groups = _groups(pattern)
+        if self._groups and sparsity is None:
+            sparsity = self._groups[0] / self._groups[1]
+        self.sparsity = 0.8 if sparsity is None else sparsity
+        if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={sparsity} is no fraction of weights to drop; give a number in [0, 1)")
         if scope not in ("global", "layer"):
             raise ValueError(f"scope={scope!r} is not known; give 'global' or 'layer'")
-        for option, value in (("start", start), ("end", end)):
-            if value < 0 or (isinstance(value, float) and value > 1):
-                raise ValueError(f"{option}={value} is no time; give a fraction in [0.0, 1.0] or a number of steps")
-        if type(start) is type(end) and start > end:
-            raise ValueError(f"start={start} comes after end={end}; give an earlier start")
-        if every < 1:
-            raise ValueError(f"every={every} never updates the masks; give at least 1 optimizer step")
-        self.sparsity, self.scope = sparsity, scope
-        self.start, self.end, self.every = start, end, every
-        self.targets, self.ignore = targets, ignore
-        self.reached = 0.0  # fraction of the prunable weights that is masked now
-        self._steps = 0
-        self._window: tuple[int, int] | None = None
-        self._run: Run | None = None
-        self._weights: dict[str, nn.Parameter] = {}
-        self._left: dict[str, nn.Parameter] = {}  # would be pruned, but nothing trains them
-        self._aliases: dict[str, str] = {}  # every name of a weight in the state dict
-        self._dropped: dict[str, Tensor] = {}
-        self._bits: dict[str, Tensor] = {}  # the same for `clear_`
-        self._optimizers: list[int] = []
-        self._packed: Mapping[str, Tensor] | None = None  # restored, not yet on the weights' device
+        self.scope, self.pattern, self.score, self.min_keep = scope, pattern, score, min_keep
+        self.regrow, self.rewind, self.rounds, self.seed = regrow, rewind, rounds, seed
+        super().__init__(start, end, every, targets, ignore)
+        self._agree()
+        reads_gradients = score in ("gradient", "movement") or regrow
+        self.traits = frozenset({Trait.REMEMBERS_DATA if reads_gradients else Trait.POST_PROCESSING})
+        self._masks = Masks({})
+        self._least: dict[str, int] = {}  # weights that each layer keeps at least
+        self._scores: dict[str, Tensor] = {}
+        self._rewinding = Rewinding()
 
-    def problems(self, run: Run) -> Iterable[str]:
-        if self.sparsity and run.endless and (isinstance(self.start, float) or isinstance(self.end, float)):
-            yield (
-                f"start={self.start} and end={self.end} are fractions of a training without end; "
-                "set max_epochs or max_steps on the Trainer, or give optimizer steps"
+    def _agree(self) -> None:
+        """Refuse options that are wrong by themselves or contradict one another."""
+        if self.score not in ("magnitude", "random", "gradient", "movement"):
+            raise ValueError(f"score={self.score!r} is not known; give 'magnitude', 'random', 'gradient' or 'movement'")
+        if self.min_keep is not None and not 0 <= self.min_keep < 1:
+            raise ValueError(f"min_keep={self.min_keep} is no fraction of a layer; give a number in [0, 1)")
+        if not 0 <= self.regrow < 1:
+            raise ValueError(f"regrow={self.regrow} is no fraction of the kept weights; give a number in [0, 1)")
+        if self._groups and self.sparsity not in (0, self._groups[0] / self._groups[1]):
+            raise ValueError(
+                f"sparsity={self.sparsity} is not that of pattern={self.pattern!r}, which drops "
+                f"{self._groups[0]} of {self._groups[1]}; leave sparsity out"
             )
-        if isinstance(self.end, int) and 0 <= run.trainer.max_steps < self.end:
-            yield (
-                f"end={self.end} comes after the last optimizer step, max_steps={run.trainer.max_steps}, so "
-                f"sparsity={self.sparsity} is never reached; train longer or give an earlier end"
+        if self.min_keep is not None and (self._groups or self.scope == "layer"):
+            raise ValueError(
+                f"min_keep={self.min_keep} is for scope='global'; scope='layer' and a pattern keep the same fraction "
+                "of every layer, so leave it out"
             )
-
-    def begin(self, run: Run) -> None:
-        self._run, self._window, self._bits = run, None, {}
-        self._optimizers = [id(optimizer) for optimizer in run.trainer.optimizers]
-        packed, self._packed = self._packed, None
-        timed = isinstance(self.start, float) or isinstance(self.end, float)
-        if self.sparsity and timed and len(run.trainer.optimizers) > 1:
-            raise GuardConflict(
-                f"{self.name}: start={self.start} and end={self.end} are fractions of training, which several "
-                "optimizers may step at different times; give optimizer steps of the one that trains the first layer"
+        if self.regrow and (self.score != "magnitude" or self._groups or self.rewind is not None):
+            raise ValueError(
+                f"regrow={self.regrow} drops the smallest weights and grows others, which goes with score='magnitude', "
+                "no pattern and no rewind; leave out the other"
             )
-        self._weights, self._left = self._select(run) if self.sparsity else ({}, {})
-        names = {weight: name for name, weight in self._weights.items()}
-        every = run.module.named_parameters(remove_duplicate=False)
-        self._aliases = {alias: names[weight] for alias, weight in every if weight in names}
-        if packed is not None:
-            if set(packed) != set(self._weights):
-                raise GuardConflict(
-                    f"{self.name}: the checkpoint masks {', '.join(packed) or 'nothing'}, but the weights to "
-                    f"prune are now {', '.join(self._weights)}; resume with the same model, targets and ignore"
-                )
-            self._dropped = {
-                name: unpack_mask(packed[name], weight.shape).to(weight.device)
-                for name, weight in self._weights.items()
-            }
-        else:
-            self._steps, self.reached = 0, 0.0
-            self._dropped = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self._weights.items()}
+        if self.rewind is not None:
+            self.check_time("rewind", self.rewind)
+            if type(self.rewind) is type(self.end) and self.rewind >= self.end:
+                raise ValueError(f"rewind={self.rewind} does not come before end={self.end}; give an earlier rewind")
+        if self.rounds < 1 or (self.rounds > 1 and self.rewind is None):
+            raise ValueError(f"rounds={self.rounds} needs rewind and at least 1; give e.g. rewind=0, or leave it out")
 
-    def _select(self, run: Run) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        """The weights to prune, and those that would be if anything trained them."""
-        module = run.module
-        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _PRUNABLE)}
-        for option, patterns in (("targets", self.targets or ()), ("ignore", self.ignore)):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in layers):
-                    raise GuardConflict(
-                        f"{self.name}: {option}={pattern!r} matches nothing that can be pruned; "
-                        f"there are {', '.join(layers) or 'no Linear and no convolution'}"
-                    )
-        owned = {p for optimizer in run.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        ignored = {name for name in layers if any(fnmatchcase(name, pattern) for pattern in self.ignore)}
-        spared = {p for layer in module.modules() if isinstance(layer, _SPARED) for p in layer.parameters(False)}
-        spared |= {p for name in ignored for p in layers[name].parameters(False)}
-        weights: dict[str, nn.Parameter] = {}
-        left: dict[str, nn.Parameter] = {}
-        seen = set(spared)
-        for name, layer in layers.items():
-            wanted = self.targets is None or any(fnmatchcase(name, pattern) for pattern in self.targets)
-            if not wanted or name in ignored:
-                continue
-            made = "weight" not in layer._parameters and not isinstance(layer, nn.MultiheadAttention)
-            if made or is_parametrized(layer):
-                raise GuardConflict(
-                    f"{self.name}: the weight of {name} is computed from other parameters (weight_norm, spectral_norm, "
-                    f"torch.nn.utils.prune), so no mask holds it; remove that, or give ignore=[{name!r}]"
-                )
-            for key, weight in layer.named_parameters(recurse=False):
-                if "bias" in key or weight in seen:
-                    continue
-                if is_lazy(weight):
-                    raise GuardConflict(
-                        f"{self.name}: {name}.{key} has no shape yet; pass an example through the lazy modules before "
-                        "training, e.g. at the end of __init__"
-                    )
-                seen.add(weight)
-                full = f"{name}.{key}".lstrip(".")
-                (weights if weight.requires_grad and weight in owned else left)[full] = weight
-        finetunes = [c for c in callbacks_of(run.trainer) if "BaseFinetuning" in {k.__name__ for k in type(c).__mro__}]
-        if left and finetunes:
-            raise GuardConflict(self._thaws(left, type(finetunes[0]).__name__))
-        if not weights:
-            raise GuardConflict(f"{self.name}: no trainable weight of a Linear or convolution is left to prune")
-        return weights, left
+    @property
+    def reached(self) -> float:
+        """The fraction of the prunable weights that is masked now."""
+        return self._masks.sparsity
 
-    def _thaws(self, left: Iterable[str], who: str) -> str:
-        return (
-            f"{self.name}: {who} trains {', '.join(left)} later, but the masks are of the weights that are trained "
-            "from the beginning; train them from the start, leave them out with ignore, or prune in a second training"
-        )
+    @property
+    def off(self) -> bool:
+        return not self.sparsity
 
-    def _present(self, module: pl.LightningModule) -> None:
-        now = dict(module.named_parameters(remove_duplicate=False))
-        gone = [name for name, weight in self._weights.items() if now.get(name) is not weight]
-        if gone:
-            raise GuardConflict(
-                f"{self.name}: {', '.join(gone)} was replaced by another parameter during training, which no mask "
-                "holds; change it in place (weight.data.copy_), or replace it before training"
-            )
+    @property
+    def asked(self) -> str:
+        return f"sparsity={self.sparsity}"
 
-    def on_weights(self, optimizer: Optimizer) -> None:
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        thawed = [name for name, p in self._left.items() if p.requires_grad and id(p) in owned]
-        if thawed:
-            raise GuardConflict(self._thaws(thawed, "this run"))
-        if id(next(iter(self._weights.values()), None)) in owned:  # several optimizers: the first one keeps time
-            self._steps += 1
-            self._update()
-        for name, weight in self._weights.items():
-            if id(weight) not in owned or not self.reached:
-                continue
-            self._clear(name, weight)
-            for moment in ("momentum_buffer", "exp_avg"):  # or it would push the weight at once; second moments stay
-                buffer = optimizer.state[weight].get(moment)
-                if buffer is not None:
-                    self._clear(name, buffer)
+    @property
+    def short(self) -> str:
+        return f"sparsity is {self.reached:.3f}, not {self.sparsity}"
 
-    def _clear(self, name: str, values: Tensor) -> None:
-        bits = self._bits.get(name)
-        if bits is None or bits.device != values.device or bits.element_size() != values.element_size():
-            bits = self._bits[name] = bit_mask(~self._dropped[name].to(values.device), values.dtype)
-        clear_(values, bits)
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"sparsity": self.reached}
 
-    def _update(self) -> None:
+    @property
+    def times(self) -> dict[str, int | float]:
+        return super().times | ({} if self.rewind is None else {"rewind": self.rewind})
+
+    def take_up(self, state: Mapping[str, Any] | None) -> None:
         assert self._run is not None
-        if self._window is None:
-            total = self._run.total_steps if isinstance(self.start, float) or isinstance(self.end, float) else 0
-            start, end = (round(t * total) if isinstance(t, float) else t for t in (self.start, self.end))
-            self._window = start, max(end, start, 1)
-            self._fits(self._window[1])
-        start, end = self._window
-        due = self._steps == end or (start < self._steps < end and (self._steps - start) % self.every == 0)
-        if not due:
-            return
-        self._present(self._run.module)
-        progress = 1.0 if self._steps == end else (self._steps - start) / (end - start)
-        kept = {name: ~dropped for name, dropped in self._dropped.items()}
-        masks = magnitude_masks(self._weights, cubic_sparsity(progress, self.sparsity), self.scope, kept)
-        self._dropped = {name: ~mask for name, mask in masks.items()}
-        count = sum(int(dropped.sum()) for dropped in self._dropped.values())
-        self.reached = count / sum(dropped.numel() for dropped in self._dropped.values())
-        self._bits = {}
+        self._masks = Masks(self._weights, None if state is None else state["dropped"])
+        self._least = self._fit_in()
+        self._scores, self._rewinding = {}, Rewinding()
+        if state is not None:
+            for name, score in state["scores"].items():
+                self._scores[name] = score.to(self._weights[name].device, copy=True)
+            self._rewinding = Rewinding(state["rewind"])
+        elif self.rewind is not None and not self.rewind:
+            self._rewinding.remember(self._run)
+        if self.score == "random":
+            for i, (name, weight) in enumerate(self._weights.items()):
+                self._scores[name] = torch.rand(weight.shape, generator=stream(self.seed, i)).to(weight.device)
+
+    def _fit_in(self) -> dict[str, int]:
+        """Refuse weights that cannot be pruned so; what each keeps at least."""
+        self._floor = 0.0
+        if self.scope == "global" and not self._groups:
+            self._floor = min(0.02, (1 - self.sparsity) / 2) if self.min_keep is None else self.min_keep
         for name, weight in self._weights.items():
-            self._clear(name, weight)
-
-    def _fits(self, end: int) -> None:
-        """Refuse a schedule that a training which has just begun cannot finish, as after a late unguarded resume."""
-        assert self._run is not None
-        trainer = self._run.trainer
-        if self._steps != 1 or len(trainer.optimizers) > 1 or not self._run.module.automatic_optimization:
-            return
-        left = trainer.estimated_stepping_batches - trainer.global_step
-        if end > left:
-            raise GuardConflict(
-                f"{self.name}: end={end} is {end} optimizer steps away and training has {left:.0f} left, so "
-                f"sparsity={self.sparsity} is never reached; train longer or give an earlier end"
-            )
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if self.sparsity:
-            if [id(optimizer) for optimizer in trainer.optimizers] != self._optimizers:
+            dim = self._inputs(name)
+            if self._groups and weight.shape[dim] % self._groups[1]:
                 raise GuardConflict(
-                    f"{self.name}: the optimizers were replaced during training, and no mask follows the steps of the "
-                    "new ones; change the old ones in place (param_groups), or begin a second training"
+                    f"{self.name}: pattern={self.pattern!r} does not fit {name} of shape {tuple(weight.shape)}: its "
+                    f"{weight.shape[dim]} inputs are no multiple of {self._groups[1]}; leave it out with "
+                    f"ignore=[{name.rpartition('.')[0]!r}]"
                 )
-            self.report(pl_module, sparsity=self.reached)
+        try:
+            return floors(self._masks.sizes, self.sparsity, self._floor)
+        except ValueError as error:
+            raise GuardConflict(f"{self.name}: {error}") from None
 
-    def on_checkpoint(self, weights: dict[str, Tensor]) -> None:
-        for alias, name in self._aliases.items():
-            if alias in weights:
-                weights[alias] = weights[alias].masked_fill(self._dropped[name].to(weights[alias].device), 0)
+    def _inputs(self, name: str) -> int:
+        """The dimension of a weight that its inputs run along."""
+        return 0 if isinstance(self._layers[name], _TRANSPOSED) else 1
+
+    # In training ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if batch_idx == 0 and self.reached and trainer.state.fn == "fit":  # an average may be in their place just now
-            for name, weight in self._weights.items():
-                self._clear(name, weight)
+        """Read gradients where they are whole: accumulated, averaged over processes, unscaled, not clipped yet."""
+        if self.score not in ("gradient", "movement") or (self._steps > 1 and self._steps >= self.window[1]):
+            return
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, weight in self._weights.items():
+            if id(weight) in owned and weight.grad is not None:
+                product = weight * weight.grad
+                if not bool(product.sum().isfinite()):
+                    product = torch.nan_to_num(product, 0.0, 0.0, 0.0)
+                if name not in self._scores:
+                    self._scores[name] = torch.zeros_like(product, dtype=torch.float32)
+                self._scores[name].add_(product.abs_() if self.score == "gradient" else product.neg_())
 
-    @torch.no_grad()
-    def settled(self, run: Run) -> bool:
-        return not self._weights or (self._window is not None and self._steps >= self._window[1])
+    def hold(self, names: Iterable[str]) -> None:
+        self._masks.clear(names)
+
+    def advance(self, step: int) -> None:
+        assert self._run is not None
+        start, end = self.window
+        if self.rewind is not None:
+            self._mark(step, start, end)
+        progress = self._progress(step, start, end)
+        if progress is None:
+            return
+        self.present()
+        if self.rewind is None:
+            self._choose(cubic_sparsity(progress, self.sparsity), progress)
+        else:
+            self._choose(1 - (1 - self.sparsity) ** progress, progress)
+            self._rewinding.rewind(self._run, forget=step == end)
+            self.hold(self._weights)
+
+    def _progress(self, step: int, start: int, end: int) -> float | None:
+        """How much of the schedule has passed, if an update is due."""
+        if step == end:
+            return 1.0
+        if self.rewind is None:
+            due = start < step < end and (step - start) % self.every == 0
+            return (step - start) / (end - start) if due else None
+        ends = [start + round((end - start) * r / self.rounds) for r in range(1, self.rounds)]
+        return (ends.index(step) + 1) / self.rounds if step in ends else None
+
+    def _mark(self, step: int, start: int, end: int) -> None:
+        assert self._run is not None
+        assert self.rewind is not None
+        at = max(1, self.in_steps(self.rewind)) if self.rewind else 0
+        first = start + round((end - start) / self.rounds)
+        if at >= first or (end - start) < self.rounds:
+            raise GuardConflict(
+                f"{self.name}: rewind={self.rewind} is optimizer step {at}, and the first of {self.rounds} rounds of "
+                f"pruning is at step {first}; give an earlier rewind, fewer rounds or a later end"
+            )
+        if step == at:
+            self._rewinding.remember(self._run)
+
+    def _choose(self, sparsity: float, progress: float) -> None:
+        """Drop what is due, and still the moments that would push dropped weights."""
+        if self.regrow:
+            self._still()  # what grows anew begins at rest
+        plain = self.score == "magnitude" and not self._groups and not self.regrow
+        if not (plain and self._masks.drop_smallest(sparsity, self.scope, self._least)):
+            self._masks.keep(self._next(sparsity, progress))
+        if self.score == "gradient" or progress == 1:
+            self._scores = {}
+        self._still()
+
+    def _next(self, sparsity: float, progress: float) -> dict[str, Tensor]:
+        """The masks at this sparsity."""
+        kept = self._masks.kept
+        if self.score == "magnitude":
+            scores = {name: weight.detach().abs() for name, weight in self._weights.items()}
+        else:
+            scores = {
+                n: self._scores[n] if n in self._scores else torch.zeros_like(w) for n, w in self._weights.items()
+            }
+        if self._groups:
+            drop, size = round(sparsity * self._groups[1]), self._groups[1]
+            return {name: pattern_masks(scores[name], drop, size, self._inputs(name), kept[name]) for name in scores}
+        if self.regrow and progress < 1:
+            share = self.regrow / 2 * (1 + math.cos(math.pi * progress))
+            slopes = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in self._weights.items()}
+            return regrown_masks(scores, slopes, sparsity, share, self.scope, kept, self._floor)
+        return score_masks(scores, sparsity, self.scope, kept, self._floor)
+
+    def _still(self) -> None:
+        for name, moment in self.moments(self._weights):
+            self._masks.clear_values(name, moment)
+
+    def formed(self, name: str, values: Tensor) -> Tensor:
+        return self._masks.cleared(name, values)
 
     def release(self, module: pl.LightningModule) -> None:
-        self._present(module)
-        for name, weight in self._weights.items():
-            self._clear(name, weight)  # an average may have been put in its place
-        end = self.end if self._window is None else self._window[1]
-        if self._weights and (not self._steps if self._window is None else self._steps < end):
-            rank_zero_warn(
-                f"{self.name}: training ended at optimizer step {self._steps}, before end={end}: "
-                f"sparsity is {self.reached:.3f}, not {self.sparsity}. Train longer, or give an earlier end."
-            )
-        self._run, self._weights, self._left, self._bits = None, {}, {}, {}
+        if self._weights:
+            self._still()
+        super().release(module)
 
-    def state(self) -> dict[str, Any]:
-        packed = {name: pack_mask(dropped.cpu()) for name, dropped in self._dropped.items()}
-        return {"steps": self._steps, "reached": self.reached, "dropped": packed}
+    def kept(self) -> dict[str, Any]:
+        scores = {} if self.score == "random" else {name: score.clone() for name, score in self._scores.items()}
+        return {"dropped": self._masks.packed(), "scores": scores, "rewind": self._rewinding.kept()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._steps, self.reached, self._packed = state["steps"], state["reached"], state["dropped"]
+
+def _groups(pattern: str | None) -> tuple[int, int] | None:
+    """How many of how many weights an N:M pattern drops."""
+    if pattern is None:
+        return None
+    keep, _, size = pattern.partition(":")
+    if not (keep.isdigit() and size.isdigit() and 0 < int(keep) < int(size)):
+        raise ValueError(f"pattern={pattern!r} is no N:M with 0 < N < M; give e.g. '2:4'")
+    return int(size) - int(keep), int(size)

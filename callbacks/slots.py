@@ -8,13 +8,18 @@ from importlib.metadata import entry_points
 from lightning_guard.callbacks import (
     DPSGD,
     AdversarialTraining,
+    ChannelPruning,
     FairnessRegularization,
     FeatureSqueezing,
+    KnowledgeDistillation,
+    LowRankFactorization,
     MagnitudePruning,
     PrivacyAudit,
+    QuantizationAwareTraining,
     RandomizedSmoothing,
     SampleLedger,
     TrimmedLoss,
+    WeightClustering,
 )
 from lightning_guard.guard import Guard
 
@@ -23,14 +28,19 @@ GROUP = "lightning_guard.guards"  # the entry points by which other packages add
 
 OURS: tuple[type[Guard], ...] = (
     AdversarialTraining,
+    ChannelPruning,
     DPSGD,
     FairnessRegularization,
     FeatureSqueezing,
+    KnowledgeDistillation,
+    LowRankFactorization,
     MagnitudePruning,
     PrivacyAudit,
+    QuantizationAwareTraining,
     RandomizedSmoothing,
     SampleLedger,
     TrimmedLoss,
+    WeightClustering,
 )
 TAKEN = "batch"  # under `guards:` it says how a batch is read, for all of them
 

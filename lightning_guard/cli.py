@@ -1,4 +1,4 @@
-"""The command line: ``lightning-guard fit|validate|test|predict|check|compare|list|show|schema``.
+"""The command line: ``lightning-guard fit|validate|test|predict|check|compare|export|list|show|schema``.
 
 What needs no torch is done before it is imported, so that recipes are listed and shown at once.
 """
@@ -50,6 +50,17 @@ _VERBS = {
   --title TEXT           of the report
   --workers N            processes that share the runs (1)
   --evaluate.NAME.OPTION what is measured: task, robustness, fairness, efficiency; all of them unless stated"""),
+    "export": ("Write a trained model as a file for use, checked against the model on real data before it is there.",
+               "--config run/config.yaml --ckpt_path last.ckpt --out model.onnx --format onnx-int8", """
+  --ckpt_path FILE       the trained model
+  --out FILE             the file to write
+  --format FORMAT        onnx, onnx-int8, torch, pt2e or sparse (onnx)
+  --tolerance SHARE      of the examples that the file may predict otherwise (0.01 in int8, else 0)
+  --check DATA           what the file is checked on: test, validate or train (test)
+  --calibrate DATA       what ranges of int8 activations are read from: train, validate or test (train)
+  --batches N            how many batches of it (16)
+  --linear HOW           ranges of the inputs of linear layers: static, or dynamic, for transformers (static)
+  --threads N            of onnxruntime, while latency is measured (1)"""),
     "list": ("List the recipes: yours in ./recipes, then the shipped ones.", "", ""),
     "show": ("Show what recipes say, several merged; or what a guard promises and which options it has.",
              "adversarial-training pruning", ""),
@@ -115,6 +126,10 @@ def _run(verb: str, args: list[str]) -> int:
         from lightning_guard.arms import compare
 
         return compare(args)
+    elif verb == "export":
+        from lightning_guard.export.command import command
+
+        return command(args)
     else:
         from lightning_guard.launch import run
 

@@ -291,6 +291,7 @@ class Guard(pl.Callback):
     Every transform returns what it was given, or does nothing, unless it has something to change. The places are::
 
         rewrite(module)        the model, before weights are loaded and optimizers are made; must be idempotent
+        reshape(module, ...)   the model's shapes, right before the weights of a checkpoint are loaded
         on_loader(loader)      the training data loader
         on_batch(step)         the batch the model trains on
         during(step)           around the user's training_step
@@ -338,6 +339,9 @@ class Guard(pl.Callback):
 
     def rewrite(self, module: pl.LightningModule) -> None:
         """Change the model's structure, idempotently: this runs before every stage."""
+
+    def reshape(self, module: pl.LightningModule, weights: Mapping[str, Tensor]) -> None:
+        """Give the model the shapes of a checkpoint's weights, which are about to be loaded, whatever the stage."""
 
     def on_loader(self, loader: Any) -> Any:
         """The training data loader, or another in its place."""

@@ -69,6 +69,7 @@ class Pipeline(Run):
         if self._acting("rewrite"):
             # No `wraps`: Lightning calls configure_model only if it looks overridden.
             swap(self.undo, self.module, "configure_model", self._rewriting)
+        swap(self.undo, self.module, "on_load_checkpoint", self._reshaping)
         if self._withholds:
             for name in _STEPS:
                 if getattr(type(self.module), name, None) is not getattr(pl.LightningModule, name):
@@ -174,6 +175,16 @@ class Pipeline(Run):
             self._moved.update(moved)
 
         return configure_model
+
+    def _reshaping(self, old: Callable[[Any], None]) -> Callable[[Any], None]:
+        @wraps(old)
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            self.restore(checkpoint)  # what is refused is refused before weights of other shapes fail to load
+            for guard in self._acting("reshape"):
+                guard.reshape(self.module, checkpoint["state_dict"])
+            old(checkpoint)
+
+        return on_load_checkpoint
 
     def _loading(self, old: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def process_dataloader(loader: Any) -> Any:

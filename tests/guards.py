@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from lightning_guard.callbacks import (
     DPSGD,
     AdversarialTraining,
+    ChannelPruning,
     FairnessRegularization,
     FeatureSqueezing,
+    KnowledgeDistillation,
+    LowRankFactorization,
     MagnitudePruning,
     PrivacyAudit,
+    QuantizationAwareTraining,
     RandomizedSmoothing,
     SampleLedger,
     TrimmedLoss,
+    WeightClustering,
 )
 from lightning_guard.guard import Guard
 
@@ -25,12 +30,18 @@ class Row:
     on: Callable[[], Guard]
     off: Callable[[], Guard]
     watches: bool = False  # it acts by what it keeps, and must leave training as it is
+    reshapes: bool = False  # the weights that it leaves have other shapes or names than the class has
 
 
 GUARDS: dict[type[Guard], Row] = {
     AdversarialTraining: Row(
         on=lambda: AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0)),
         off=lambda: AdversarialTraining(eps=0.0),
+    ),
+    ChannelPruning: Row(
+        on=lambda: ChannelPruning(ratio=0.5, round_to=4),
+        off=lambda: ChannelPruning(ratio=0.0),
+        reshapes=True,
     ),
     DPSGD: Row(
         on=lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.5, test_seed=5),
@@ -54,6 +65,15 @@ GUARDS: dict[type[Guard], Row] = {
         on=lambda: FeatureSqueezing(bits=2),
         off=lambda: FeatureSqueezing(bits=None),
     ),
+    KnowledgeDistillation: Row(
+        on=lambda: KnowledgeDistillation(start=0.25),
+        off=lambda: KnowledgeDistillation(alpha=0.0),
+    ),
+    LowRankFactorization: Row(
+        on=lambda: LowRankFactorization(rank=2),
+        off=lambda: LowRankFactorization(rank=1.0),
+        reshapes=True,
+    ),
     MagnitudePruning: Row(
         on=lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
         off=lambda: MagnitudePruning(sparsity=0.0),
@@ -61,6 +81,10 @@ GUARDS: dict[type[Guard], Row] = {
     PrivacyAudit: Row(
         on=lambda: PrivacyAudit(canaries=32, seed=5),  # 16 of them in: five batches of 16 instead of four
         off=lambda: PrivacyAudit(canaries=0),
+    ),
+    QuantizationAwareTraining: Row(
+        on=lambda: QuantizationAwareTraining(start=0.1, end=0.5),
+        off=lambda: QuantizationAwareTraining(bits=None),
     ),
     RandomizedSmoothing: Row(
         on=lambda: RandomizedSmoothing(sigma=0.1),
@@ -74,5 +98,9 @@ GUARDS: dict[type[Guard], Row] = {
     TrimmedLoss: Row(
         on=lambda: TrimmedLoss(share=0.25, warmup=2),
         off=lambda: TrimmedLoss(share=0.0),
+    ),
+    WeightClustering: Row(
+        on=lambda: WeightClustering(clusters=4, start=0.25, end=0.75, every=2),
+        off=lambda: WeightClustering(clusters=0),
     ),
 }

@@ -533,7 +533,9 @@ def test_show_explains_a_guard_as_its_class_does(guard, capsys):
     assert guard.__doc__.splitlines()[0].strip() in text
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "check", "compare", "list", "show", "schema"])
+@pytest.mark.parametrize(
+    "verb", ["fit", "validate", "test", "predict", "check", "compare", "export", "list", "show", "schema"]
+)
 def test_help_begins_with_one_line_and_an_example(verb, capsys):
     lines = said(capsys, verb, "--help")[1].splitlines()
     assert lines[0].endswith(".")

@@ -3,30 +3,36 @@
 import gzip
 import io
 import time
-from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_guard.evaluation.base import Bars, Evidence, Figure
+from lightning_guard.evaluation.flips import flip_evidence
+from lightning_guard.evaluation.layers import LAYERS, multiplications, picture, rows
+from lightning_guard.evaluation.layers import layers as describe
+from lightning_guard.evaluation.memory import peak_bytes
+from lightning_guard.evaluation.shipped import shipped
 from lightning_guard.evaluation.subject import Subject
 from lightning_guard.guard import GuardConflict
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 _MOST_LAYERS = 30
 _SECONDS = 0.2  # how long each batch size is timed
 
 
 class Efficiency:
-    """Measures parameters, sparsity, file size, multiplications and, if asked, latency.
+    """Measures parameters, sparsity, file size, multiplications, memory, and if asked latency and the files that ship.
 
     Args:
         latency: time the model as well, in eager torch on the machine at hand, for half a second. Off by default:
             beside other work, as in a comparison with several workers, the clock says more about that work.
+        export: write the model as ONNX in float32 and int8 and judge the files: bytes, accuracy, flips against the
+            model, processor time side by side in one runtime. Needs the extra ``export`` and some ten seconds.
+        linear: how linear layers of the int8 file are quantised: ``"static"`` or ``"dynamic"``.
+        reference: an exported file of the model before it was made small; predictions that flipped are counted
+            against it, overall, by class and by group.
+        layers: picture the layers: weights, zeros, bits, multiplications.
 
     | case                              | result                                         |
     |-----------------------------------|------------------------------------------------|
@@ -35,9 +41,10 @@ class Efficiency:
     | more than 30 layers               | bars for the 30 largest, and a note            |
     | layers that no hook sees called   | a note; their multiplications are missing      |
     | no logits for a single example    | no latency at batch 1, and a note              |
+    | no form in ONNX                   | figures of that file are None, and a note      |
 
     Raises:
-        ValueError: if the loader holds no batch.
+        ValueError: if the loader holds no batch, the extra is missing, or the reference is of other examples.
 
     Example:
         >>> subject = Subject(nn.Linear(3, 2), [(torch.zeros(4, 3), torch.zeros(4).long())])
@@ -48,11 +55,25 @@ class Efficiency:
 
     name: ClassVar[str] = "efficiency"
 
-    def __init__(self, latency: bool = False):
-        self.latency = latency
+    def __init__(
+        self,
+        latency: bool = False,
+        export: bool = False,
+        linear: Literal["static", "dynamic"] = "static",
+        reference: str | None = None,
+        layers: bool = False,
+    ):
+        if linear not in ("static", "dynamic"):
+            raise ValueError(f"linear={linear!r} is not known; there are 'static' and 'dynamic'")
+        if export or reference is not None:
+            from lightning_guard.export.tracing import needs  # export rests on evaluation
+
+            needs("onnx", "onnxscript", "onnxruntime")
+        self.latency, self.export, self.linear = latency, export, linear
+        self.reference, self.layers = reference, layers
 
     def evaluate(self, subject: Subject) -> Evidence:
-        """Figures of the model itself; of the loader only the first batch is used."""
+        """Figures of the model itself, by the first batch of the loader; of its files and flips, by all of it."""
         with subject.still():
             step = next(subject.batches(), None)
             if step is None:
@@ -60,9 +81,29 @@ class Efficiency:
             evidence = _size(subject.module)
             evidence |= _sparsity(subject.module)
             evidence |= _macs(subject, step.inputs)
+            about = "Weights, inputs and intermediates at the height of a pass of 64 examples, kernels' own aside."
+            peak = _lower(peak_bytes(subject, rows(step.inputs, 64)), "Peak memory at batch 64", "bytes", about)
+            evidence.figures["efficiency/peak_bytes"] = peak
             if self.latency:
                 evidence |= _latency(subject, step.inputs)
+        if self.layers and (found := describe(subject)):
+            evidence.pictures["efficiency/layers"] = picture(found)
+        if self.export:
+            evidence |= shipped(subject, self.linear)
+        if self.reference is not None:
+            evidence |= _flips(subject, self.reference)
         return evidence
+
+
+def _flips(subject: Subject, reference: str) -> Evidence:
+    """Against a file of another model, on the same examples."""
+    from lightning_guard.export import judged, load
+
+    if subject.kind not in ("binary", "multiclass"):
+        return Evidence(notes=["No flips are counted: there are no classes."])
+    before = judged(subject, load(reference)).outputs.logits
+    target, kin = subject.outputs.target, subject.families()
+    return flip_evidence(before, subject.outputs.logits, target, kin, list(subject.class_names or ()))
 
 
 def _size(module: nn.Module) -> Evidence:
@@ -84,7 +125,7 @@ def _sparsity(module: nn.Module) -> Evidence:
     about = "Fraction of the weights of Linear and convolution layers, biases aside, that are exactly zero."
     weights: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, _LAYERS) and not any(layer.weight is weight for weight in weights.values()):
+        if isinstance(layer, LAYERS) and not any(layer.weight is weight for weight in weights.values()):
             weights[name or type(layer).__name__] = layer.weight
     zeros = {name: weight.numel() - int(weight.count_nonzero()) for name, weight in weights.items()}
     total = sum(weight.numel() for weight in weights.values())
@@ -107,26 +148,22 @@ def _sparsity(module: nn.Module) -> Evidence:
 
 
 def _macs(subject: Subject, inputs: Any) -> Evidence:
-    called: dict[str, int] = {}
-    layers = {name: layer for name, layer in subject.module.named_modules() if isinstance(layer, _LAYERS)}
-    with ExitStack() as undo:
-        for name, layer in layers.items():
-
-            def count(layer: Any, args: Any, output: Tensor, name: str = name) -> None:
-                # An output of a Linear or convolution, an input of a transposed one, meets so many weights.
-                places = args[0] if isinstance(layer, _TRANSPOSED) else output
-                called[name] = called.get(name, 0) + places.numel() * layer.weight[0].numel()
-
-            undo.callback(layer.register_forward_hook(count).remove)
-        subject.forward(_rows(inputs, 2))  # two: a network that squeezes gives no logits for a single example
+    known = {name: layer for name, layer in subject.module.named_modules() if isinstance(layer, LAYERS)}
+    called = multiplications(subject, inputs)
     about = "Multiply-accumulates of Linear and convolution layers in one forward pass, zeros included."
-    macs = _lower(sum(called.values()) / 2, "Multiplications an example", "count", about)
-    evidence = Evidence({"efficiency/macs": macs})
-    if missed := [name for name in layers if name not in called]:
-        names = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
+    evidence = Evidence({"efficiency/macs": _lower(sum(called.values()), "Multiplications an example", "count", about)})
+    largest = set(sorted(called, key=lambda name: -called[name])[:_MOST_LAYERS])
+    shown = [name for name in called if name in largest]
+    if shown:
+        names = [name or type(known[name]).__name__ for name in shown]
+        label = "Multiplications by layer"
+        bars = Bars(names, [called[name] for name in shown], label, "Multiplications", about, y_unit="count")
+        evidence.bars["efficiency/macs"] = bars
+    if missed := [name for name in known if name not in called]:
+        names = missed[:5] + (["..."] if len(missed) > 5 else [])
         evidence.notes.append(
-            f"{len(missed)} of {len(layers)} layers were not seen in the forward pass "
-            f"({names}); multiplications count without them."
+            f"{len(missed)} of {len(known)} layers were not seen in the forward pass "
+            f"({', '.join(names)}); multiplications count without them."
         )
     return evidence
 
@@ -136,7 +173,7 @@ def _latency(subject: Subject, inputs: Any) -> Evidence:
     machine = f"{torch.get_num_threads()} CPU threads" if subject.device.type == "cpu" else subject.device.type
     for size in (1, 64):
         try:
-            times = _times(subject, _rows(inputs, size))
+            times = _times(subject, rows(inputs, size))
         except GuardConflict as conflict:
             evidence.notes.append(f"No latency at batch {size}: {conflict.problems[0]}.")
             times = None
@@ -163,11 +200,6 @@ def _times(subject: Subject, inputs: Any) -> Tensor:
     while len(times) < 10 or time.perf_counter() < end:
         times.append(once())
     return torch.tensor(times, dtype=torch.float64)
-
-
-def _rows(inputs: Any, n: int) -> Any:
-    """The first ``n`` examples, again from the first where there are fewer."""
-    return apply_to_collection(inputs, Tensor, lambda t: t[torch.arange(n, device=t.device) % len(t)])
 
 
 def _lower(value: float | None, label: str, unit: str, about: str) -> Figure:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from lightning_guard.functional.reshaping import reshape_like
 from lightning_guard.guard import guards_of
 from lightning_guard.report.runs import ArmRun, Parts
 
@@ -19,9 +20,11 @@ def rebuilt(run: ArmRun) -> Parts | None:
     for guard in guards_of(trainer, module):
         if guard.overrides("rewrite"):
             guard.rewrite(module)
+    weights = torch.load(run.folder / "weights.pt", weights_only=True)
     try:
-        module.load_state_dict(torch.load(run.folder / "weights.pt", weights_only=True))
-    except RuntimeError:  # keys or shapes that training changed
+        reshape_like(module, weights)  # a guard may have taken channels out
+        module.load_state_dict(weights)
+    except (RuntimeError, ValueError):  # keys or shapes that training changed
         return None
     return trainer, module, data
 

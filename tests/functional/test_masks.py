@@ -7,7 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_guard.functional import bit_mask, clear_, cubic_sparsity, magnitude_masks, pack_mask, unpack_mask
+from lightning_guard.functional import (
+    bit_mask,
+    clear_,
+    cubic_sparsity,
+    floors,
+    magnitude_masks,
+    pack_mask,
+    pattern_masks,
+    regrown_masks,
+    score_masks,
+    smallest,
+    unpack_mask,
+)
 
 # Few values, so that ties are common.
 NUMBERS = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, 1e-30, math.inf, math.nan])
@@ -149,3 +161,132 @@ def test_clearing_counts_as_a_change_for_autograd():
     clear_(weight, bit_mask(torch.tensor([True, False]), weight.dtype))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
+
+
+def flat(masks):
+    return {name: mask.flatten().tolist() for name, mask in masks.items()}
+
+
+def brute_force_with_floor(scores, sparsity, min_keep):
+    """The best of each tensor are safe; the rest are dropped one by one, lowest first."""
+    places = [(score.flatten()[i].item(), name, i) for name, score in scores.items() for i in range(score.numel())]
+    safe = set()
+    for name, score in scores.items():
+        order = sorted(range(score.numel()), key=lambda i: score.flatten()[i].item())
+        safe |= {(name, i) for i in order[score.numel() - math.ceil(min_keep * score.numel()) :]}
+    order = sorted((place for place in places if place[1:] not in safe), key=lambda place: place[0])
+    gone = {place[1:] for place in order[: round(sparsity * len(places))]}
+    return {name: [(name, i) not in gone for i in range(score.numel())] for name, score in scores.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(-3, 3), max_size=12), min_size=1, max_size=4),
+    st.floats(0, 0.99),
+    st.floats(0, 0.5),
+)
+def test_floors_are_those_of_brute_force(values, sparsity, min_keep):
+    scores = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+    sizes = {name: score.numel() for name, score in scores.items()}
+    total = sum(sizes.values())
+    if sum(math.ceil(min_keep * n) for n in sizes.values()) > total - round(sparsity * total):
+        with pytest.raises(ValueError, match="min_keep="):
+            score_masks(scores, sparsity, min_keep=min_keep)
+        return
+    assert flat(score_masks(scores, sparsity, min_keep=min_keep)) == brute_force_with_floor(scores, sparsity, min_keep)
+    assert all(floors(sizes, sparsity, min_keep)[name] == math.ceil(min_keep * n) for name, n in sizes.items())
+
+
+def test_a_layer_of_small_weights_survives_by_its_floor_alone():
+    weights = {"small": torch.arange(1.0, 101) / 1e6, "large": torch.arange(1.0, 101)}
+    assert int(magnitude_masks(weights, 0.5)["small"].sum()) == 0  # the collapse that the floor is there for
+    masks = magnitude_masks(weights, 0.5, min_keep=0.02)
+    assert masks["small"].nonzero().flatten().tolist() == [98, 99]
+    assert int(masks["large"].sum()) == 98
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**30), st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 8)]), st.sampled_from([0, 1]), st.booleans())
+def test_patterns_are_those_of_a_loop(seed, pattern, dim, ties):
+    keep, size = pattern
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, 2 * size, 2) if dim else (2 * size, 3, 2)
+    score = torch.randint(-3, 4, shape, generator=generator).float() if ties else torch.rand(shape, generator=generator)
+    mask = pattern_masks(score, size - keep, size, dim)
+    assert mask.shape == score.shape
+    rows, kept = score.movedim(dim, -1).reshape(-1, size), mask.movedim(dim, -1).reshape(-1, size)
+    for row, one in zip(rows.tolist(), kept.tolist(), strict=True):
+        gone = sorted(range(size), key=lambda i: (row[i], i))[: size - keep]
+        assert [i not in gone for i in range(size)] == one
+    earlier = pattern_masks(score, 1, size, dim)
+    later = pattern_masks(-score, size - keep, size, dim, earlier)  # the order has turned round
+    assert not (later & ~earlier).any()
+    assert (later.movedim(dim, -1).reshape(-1, size).sum(1) == keep).all()
+
+
+def test_a_pattern_that_does_not_fit_is_refused():
+    for shape in ((4, 6), (4,)):
+        with pytest.raises(ValueError, match="no whole groups of 4"):
+            pattern_masks(torch.rand(shape), 2, 4)
+
+
+def regrown_by_hand(scores, slopes, sparsity, share, masks):
+    places = [(name, i) for name, score in scores.items() for i in range(score.numel())]
+    keep = len(places) - round(sparsity * len(places))
+    of = lambda table: lambda place: float(table[place[0]].flatten()[place[1]])  # noqa: E731
+    alive = sorted((place for place in places if masks[place[0]][place[1]]), key=of(scores))
+    old = set(alive[max(len(alive) - (keep - round(share * keep)), 0) :])
+    fresh = sorted((place for place in places if place not in old), key=lambda place: abs(of(slopes)(place)))
+    new = set(fresh[len(fresh) - (keep - len(old)) :])
+    return {name: [(name, i) in old | new for i in range(score.numel())] for name, score in scores.items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**30), st.floats(0, 0.95), st.floats(0, 0.95), st.sampled_from(["global", "layer"]))
+def test_growing_anew_is_that_of_a_loop(seed, sparsity, share, scope):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(n, generator=generator) for name, n in (("a", 12), ("b", 7))}
+    slopes = {name: torch.randn(len(score), generator=generator) for name, score in scores.items()}
+    masks = {name: torch.rand(len(score), generator=generator) > 0.4 for name, score in scores.items()}
+    found = regrown_masks(scores, slopes, sparsity, share, scope, masks)
+    if scope == "global":
+        wanted = regrown_by_hand(scores, slopes, sparsity, share, masks)
+    else:
+        one = lambda table, name: {name: table[name]}  # noqa: E731
+        wanted = {
+            name: regrown_by_hand(*(one(t, name) for t in (scores, slopes)), sparsity, share, one(masks, name))[name]
+            for name in scores
+        }
+    assert flat(found) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 50, 70_000])
+def test_the_smallest_are_those_that_masks_drop(dtype, n):
+    generator = torch.Generator().manual_seed(n)
+    values = [torch.randn(size, generator=generator).to(dtype) for size in (n, 3 * n, 1)]
+    values[1][::3] = 0
+    values[0][-1], values[1][-1] = math.nan, -math.inf
+    zeros = sum(int((value == 0).sum()) for value in values)
+    total = sum(map(len, values))
+    for count in sorted({0, 1, total // 10, total // 2, total - zeros}):
+        places, seen = smallest(values, count)
+        assert seen == zeros
+        chosen = [
+            torch.zeros(len(v), dtype=torch.bool).index_fill(0, p, True) for v, p in zip(values, places, strict=True)
+        ]
+        assert sum(map(int, (mask.sum() for mask in chosen))) == count
+        masks = magnitude_masks({str(i): v for i, v in enumerate(values)}, min(0.9999999, (zeros + count) / total))
+        if round(min(0.9999999, (zeros + count) / total) * total) == zeros + count:
+            for value, mask, one in zip(values, masks.values(), chosen, strict=True):
+                assert torch.equal(~mask, one | (value == 0))
+
+
+def test_the_smallest_of_what_a_sample_misjudges_are_exact():
+    values = torch.ones(100_000)
+    values[7::13] = torch.arange(1, len(values[7::13]) + 1) / 1e6  # small ones where a strided sample may not look
+    (places,), zeros = smallest([values], 5000)
+    assert zeros == 0
+    assert places.tolist() == list(range(7, 100_000, 13))[:5000]
+    (every,), _ = smallest([values], 200_000)
+    assert len(every) == len(values)
