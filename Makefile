@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
+WORKERS ?= 2  # processes that share the tests; a file of tests stays in one
 
 .PHONY: demo demo-fashion-mnist demo-adult test slow lint types wheel clean help
 
@@ -34,7 +35,7 @@ demo-adult: $(READY)  ## fairness and size on Adult
 	  --arm none --arm fairness --arm pruning --arm fair-and-small
 
 test: $(READY)  ## the tests and every example in the documentation
-	$(BIN)/python -m pytest -m 'not slow' -q
+	$(BIN)/python -m pytest -m 'not slow' -q -n $(strip $(WORKERS)) --dist loadfile
 
 slow: $(READY)  ## the longer proofs
 	$(BIN)/python -m pytest -m slow -q

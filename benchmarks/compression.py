@@ -42,7 +42,7 @@ def digits(train: bool) -> TensorDataset:
     images, labels = images[part].float().reshape(-1, 1, 8, 8) / 16, labels[part]
     copies = 3 if train else 2
     images, labels = images.repeat(copies, 1, 1, 1), labels.repeat(copies)
-    images = F.pad(F.interpolate(images, size=20, mode="bilinear"), [8, 8, 8, 8])
+    images = F.pad(F.interpolate(images, size=28, mode="bilinear"), [4, 4, 4, 4])
     generator = stream(17, int(train))
     at = torch.randint(0, 9, (len(images), 2), generator=generator).tolist()
     moved = torch.stack([image[:, i : i + 28, j : j + 28] for image, (i, j) in zip(images, at, strict=True)])

@@ -86,7 +86,7 @@ class KnowledgeDistillation(Guard):
 
     def __init__(
         self,
-        teacher: str | nn.Module = _DENSE,
+        teacher: Any = _DENSE,  # a string or a module; command lines give strings
         temperature: float = 4.0,
         alpha: float = 0.5,
         loss: Literal["kl", "mse"] = "kl",
@@ -97,6 +97,10 @@ class KnowledgeDistillation(Guard):
         public: bool = False,
         batch: Batch | None = None,
     ):
+        if not isinstance(teacher, str | nn.Module):
+            raise ValueError(
+                f"teacher={teacher!r} is no teacher; give {_DENSE!r}, the path of a checkpoint or a module"
+            )
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be above 0; 4 is common")
         if not 0 <= alpha <= 1:

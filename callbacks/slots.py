@@ -29,10 +29,10 @@ GROUP = "lightning_guard.guards"  # the entry points by which other packages add
 OURS: tuple[type[Guard], ...] = (
     AdversarialTraining,
     ChannelPruning,
+    KnowledgeDistillation,
     DPSGD,
     FairnessRegularization,
     FeatureSqueezing,
-    KnowledgeDistillation,
     LowRankFactorization,
     MagnitudePruning,
     PrivacyAudit,

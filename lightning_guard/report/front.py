@@ -22,6 +22,10 @@ _GAINS = {
     "feature_squeezing": "robustness/accuracy",
     "randomized_smoothing": "certificate/accuracy",
     "magnitude_pruning": "efficiency/compressed_bytes",
+    "weight_clustering": "efficiency/compressed_bytes",
+    "quantization": "efficiency/compressed_bytes",
+    "channel_pruning": "efficiency/macs",
+    "low_rank": "efficiency/macs",
 }
 _REFERENCE_LOOKS = (Look("#5a3ea6", "X", ""), Look("#8a1c4a", "*", ""), Look("#2f5d00", "h", ""))
 
