@@ -66,7 +66,11 @@ def flips(reference: Tensor, logits: Tensor, target: Tensor | None = None, group
             f"logits of shapes {tuple(reference.shape)} and {tuple(logits.shape)} are not of the same examples and "
             "classes; judge both models on one loader that does not shuffle"
         )
-    before, after = predicted(reference), predicted(logits)
+    return turned(predicted(reference), predicted(logits), target, group)
+
+
+def turned(before: Tensor, after: Tensor, target: Tensor | None = None, group: Tensor | None = None) -> Flips:
+    """The same from predicted classes, each ``(N,)``."""
     turned = before != after
     harmed = mended = None
     if target is not None and len(turned):
@@ -90,10 +94,22 @@ def flip_evidence(
     class_names: Sequence[str] = (),
 ) -> Evidence:
     """The evidence of :func:`flips`: figures with intervals, and bars by class and by group."""
-    found = flips(reference, logits, target)
-    said = f"On {found.examples} test examples, against the reference."
+    return turned_evidence(predicted(reference), predicted(logits), target, kin, class_names)
+
+
+def turned_evidence(
+    before: Tensor,
+    after: Tensor,
+    target: Tensor | None = None,
+    kin: Sequence[Family] = (),
+    class_names: Sequence[str] = (),
+    than: str = "the reference",
+) -> Evidence:
+    """The same from predicted classes, each ``(N,)``; ``than`` is what the model is told apart from."""
+    found = turned(before, after, target)
+    said = f"On {found.examples} test examples, against {than}."
     figures = {
-        "flips": ("Predictions that flipped", found.share, f"Another class than the reference predicts. {said}"),
+        "flips": ("Predictions that flipped", found.share, f"Another class than {than} predicts. {said}"),
         "harmed": ("Right before, wrong now", found.harmed, said),
         "mended": ("Wrong before, right now", found.mended, said),
     }
@@ -110,9 +126,9 @@ def flip_evidence(
             names, list(found.by_class.values()), "Flips by class", "Flipped", said, y_unit="fraction"
         )
     for number, family in enumerate(kin):
-        shares = flips(reference, logits, None, family.group).by_group
+        shares = turned(before, after, None, family.group).by_group
         key = "efficiency/flips_by_group" + (f"_{number}" if len(kin) > 1 else "")
-        label = f"Flips by {family.name}" if family.name else "Flips by group"
+        label = f"Flips by {family.name}" if len(kin) > 1 else "Flips by group"
         evidence.bars[key] = Bars(
             [family.names[one] for one in shares], list(shares.values()), label, "Flipped", said, y_unit="fraction"
         )

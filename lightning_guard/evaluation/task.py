@@ -65,7 +65,9 @@ class Task:
             )
             return evidence
 
-        hits, losses = predicted(logits) == target, example_losses(logits, target)
+        decision = predicted(logits)
+        hits, losses = decision == target, example_losses(logits, target)
+        evidence.tensors = {"task/decision": decision.to(torch.int32), "task/target": target.to(torch.int32)}
         columns = torch.stack([torch.zeros_like(logits), logits], 1) if logits.dim() == 1 else logits
         add("accuracy", hits.double().mean(), "Accuracy", "fraction", "higher", f"On {n} test examples.")
         evidence.intervals["task/accuracy"] = wilson(int(hits.sum()), n)

@@ -28,6 +28,7 @@ from lightning_guard.report.front import recognised
 from lightning_guard.report.paired import changes
 from lightning_guard.report.runs import Arm, ArmRun, Parts, card, describe, plain_text, sources_of
 from lightning_guard.report.transfer import transferred
+from lightning_guard.report.turned import with_flips
 
 
 def compare(
@@ -150,8 +151,7 @@ def compare_arms(
     for run in runs:
         run.unclaim()
     _all(runs, workers, argv)
-    finished = [result for run in runs if (result := run.result()) is not None]
-    document = assembled(arms, seeds, finished, title, command, transferred(runs))
+    document = assembled(arms, seeds, with_flips(runs), title, command, transferred(runs))
     if data is not None:
         document["data"] = data
     document["changes"] = [entry for entry in changes(runs) if entry["figure"] in document["figures"]]

@@ -275,7 +275,9 @@ def test_weights_that_are_trained_later_are_refused():
 
 
 @pytest.mark.parametrize(
-    "norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm], ids=str
+    "norm",
+    [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm],
+    ids=["old weight_norm", "weight_norm", "spectral_norm"],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 def test_weights_computed_from_others_are_refused(norm):
