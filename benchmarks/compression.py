@@ -46,7 +46,7 @@ def digits(train: bool) -> TensorDataset:
     generator = stream(17, int(train))
     at = torch.randint(0, 9, (len(images), 2), generator=generator).tolist()
     moved = torch.stack([image[:, i : i + 28, j : j + 28] for image, (i, j) in zip(images, at, strict=True)])
-    return TensorDataset(moved + 0.9 * torch.randn(moved.shape, generator=generator), labels)
+    return TensorDataset(moved + 0.35 * torch.randn(moved.shape, generator=generator), labels)
 
 
 def conv(i: int, o: int, stride: int = 1) -> nn.Sequential:
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=["cnn", "mlp", "residual", "transformer"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("compression"))
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -175,7 +175,7 @@ def main() -> None:
                 if arm == "dense":
                     trainer.save_checkpoint(teacher)
                 name = arm.replace(" ", "-").replace(",", "").replace("%", "")
-                wanted = {"onnx": ".onnx", "onnx-int8": ".int8.onnx"} if "int8" not in arm else {"onnx-int8": ".onnx"}
+                wanted = {"onnx-int8": ".int8.onnx"} | ({} if "pruned" in arm else {"onnx": ".onnx"})
                 packed = export(module, folder / f"{name}.lgw", batches, "sparse")
                 for format, suffix in wanted.items():
                     linear = "dynamic" if net == "transformer" and format == "onnx-int8" else "static"
@@ -184,6 +184,7 @@ def main() -> None:
                         module, folder / f"{name}{suffix}", batches, format, allowed, calibration, linear=linear
                     )
                     label = f"{arm}, quantised after training" if "int8" not in arm and "int8" in format else arm
+                    label = arm.replace("int8", "float32") if format == "onnx" else label
                     files[label] = file.load()
                     found.append({
                         "net": net, "seed": seed, "arm": label, "seconds": seconds, "bytes": file.bytes,

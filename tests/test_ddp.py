@@ -18,7 +18,9 @@ from lightning_guard.callbacks import (
     LowRankFactorization,
     MagnitudePruning,
     PrivacyAudit,
+    QuantizationAwareTraining,
     RandomizedSmoothing,
+    WeightClustering,
 )
 from lightning_guard.functional import stream
 from lightning_guard.guard import Trait
@@ -77,6 +79,7 @@ EXACT = {
     "distillation, from the beginning": lambda: KnowledgeDistillation(features=["net.0"]),
     "low_rank": lambda: LowRankFactorization(rank=2),
     "magnitude_pruning": lambda: MagnitudePruning(sparsity=0.7, every=1, end=0.75),
+    "quantization": lambda: QuantizationAwareTraining(start=0.25, end=0.75),
     "privacy_audit": lambda: PrivacyAudit(canaries=32, seed=5),
     "dp_sgd": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.3, test_seed=3),
     "dp_sgd, chunks": lambda: DPSGD(
@@ -185,8 +188,9 @@ def work(rank: int, port: int, folder: str) -> None:
         [
             row.on()
             for guard, row in GUARDS.items()
-            # The second is refused beside an attack.
-            if Trait.BOUNDS_EXAMPLES not in (guard.traits or ()) and guard is not RandomizedSmoothing
+            # The second is refused beside an attack, the third beside quantisation.
+            if Trait.BOUNDS_EXAMPLES not in (guard.traits or ())
+            and guard not in (RandomizedSmoothing, WeightClustering)
         ],
         **two,
     ).state_dict()
