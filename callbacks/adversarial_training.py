@@ -263,15 +263,6 @@ class AdversarialTraining(Guard):
                 f"{', '.join(name for name in more if more[name])} need to know where a step begins and ends, and this "
                 "module optimises manually; set automatic_optimization=True or leave them out"
             )
-        private = [guard.name for guard in run.guards if Trait.BOUNDS_EXAMPLES in (guard.traits or ())]
-        more |= {f"objective={self.objective!r}": self.objective != "adversarial"}
-        more |= {f"collapse={self.collapse!r}": self._watch.looking}
-        if private and any(more.values()):
-            yield (
-                f"{', '.join(name for name in more if more[name])} use training data beside the one pass that "
-                f"{', '.join(private)} bounds; train with method='pgd' and objective='adversarial' on inputs, or with "
-                "collapse='ignore'"
-            )
         few = isinstance(trainer.limit_train_batches, int) and trainer.limit_train_batches == 1  # 1.0 is all
         if self.method == "free" and few and self.steps > 1:
             yield (
@@ -282,12 +273,6 @@ class AdversarialTraining(Guard):
             yield (
                 f"collapse='stop' may end training before min_epochs={trainer.min_epochs} and "
                 f"min_steps={trainer.min_steps}, which Lightning would not allow; leave them out"
-            )
-        later = [guard.name for guard in run.guards if guard.overrides("on_weights")]
-        if later and self._watch.looking:
-            yield (
-                f"collapse={self.collapse!r} may put earlier weights back, without what {', '.join(later)} has done to "
-                "them since; use method='pgd' or collapse='ignore'"
             )
 
     def begin(self, run: Run) -> None:

@@ -22,6 +22,7 @@ from lightning_guard.functional.distillation import (
 )
 from lightning_guard.functional.reshaping import reshape_like
 from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait
+from lightning_guard.pipeline import SECTION
 from lightning_guard.still import still
 
 _DENSE = "dense_copy"
@@ -54,7 +55,8 @@ class KnowledgeDistillation(Guard):
         start: when the teacher begins, as a fraction of training (float) or in optimizer steps (int); with
             ``dense_copy``, what it is a copy of.
         end: when it ends, likewise.
-        public: the teacher was trained on public data only. Otherwise it holds private rows, which DP-SGD refuses.
+        public: the teacher was trained on public data only. Otherwise it holds private rows, which DP-SGD refuses, but
+            for a checkpoint that DP-SGD has trained on the same data: what that has spent is then counted as well.
         batch: how a batch is read, if the defaults do not fit.
 
     | case                                              | result                                                     |
@@ -82,7 +84,7 @@ class KnowledgeDistillation(Guard):
 
     name: ClassVar[str] = "distillation"
     phase: ClassVar[Phase] = Phase.LOSS
-    traits: frozenset[Trait] | None = frozenset()  # with a teacher of one's own, REMEMBERS_DATA
+    traits: frozenset[Trait] | None = frozenset()  # with a teacher that nobody has paid for, REMEMBERS_DATA
 
     def __init__(
         self,
@@ -118,8 +120,8 @@ class KnowledgeDistillation(Guard):
         self.features, self.feature_weight = features, feature_weight
         self.start, self.end, self.public, self.batch = start, end, public, batch
         self.needs_logits = not self.off
-        remembers = teacher != _DENSE and not public  # a copy holds no more than the weights that training begins with
-        self.traits = frozenset({Trait.REMEMBERS_DATA} if remembers else ())
+        self._known: tuple[Any, Mapping[str, Mapping[str, Any]]] = (None, {})  # a file, and the guards of its training
+        self.traits = frozenset() if self._paid else frozenset({Trait.REMEMBERS_DATA})
         self._pairs = dict(features) if isinstance(features, Mapping) else {name: name for name in features or ()}
         self._steps = 0
         self._window: tuple[int, int] | None = None
@@ -132,6 +134,21 @@ class KnowledgeDistillation(Guard):
         self._outer: Any = None
         self._loaded: Mapping[str, Tensor] | None = None
         self._looked = self._said = False
+
+    @property
+    def _paid(self) -> bool:
+        """Whether the teacher holds no private rows, or such as a plan has paid for."""
+        # A copy holds no more than the weights that training begins with.
+        return self.teacher == _DENSE or self.public or any("plan" in state for state in self.brings().values())
+
+    def brings(self) -> Mapping[str, Mapping[str, Any]]:
+        path = Path(self.teacher) if isinstance(self.teacher, str) else None
+        if self.public or self.teacher == _DENSE or path is None or not path.is_file():
+            return {}
+        if self._known[0] != (version := (path, path.stat().st_mtime_ns)):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            self._known = version, stored.get(SECTION, {}).get("guards", {})
+        return self._known[1]
 
     @property
     def off(self) -> bool:
@@ -158,6 +175,8 @@ class KnowledgeDistillation(Guard):
             )
         if isinstance(self.teacher, str) and self.teacher != _DENSE and not Path(self.teacher).is_file():
             yield f"teacher={self.teacher!r} is no file; give the path of a checkpoint, or {_DENSE!r}"
+        elif run.protected and not self._paid and not self.traits:  # another file than when the guard was made
+            yield f"teacher={self.teacher!r} is no longer a checkpoint of a private training; give one, or a public one"
         made_later = getattr(type(run.module), "configure_model", None) is not pl.LightningModule.configure_model
         if made_later and self.teacher == _DENSE and not self.start:
             yield (
@@ -396,8 +415,9 @@ class KnowledgeDistillation(Guard):
             )
 
     def _count(self, step: Step, outputs: Tensor, target: Tensor | None) -> None:
-        private = any(Trait.BOUNDS_EXAMPLES in (guard.traits or ()) for guard in step.run.guards)
-        if target is None or self.loss == "mse" or private:  # a count of private rows would leave without noise
+        if (
+            target is None or self.loss == "mse" or step.run.protected
+        ):  # a count of private rows would leave without noise
             return
         found = hits_and_counts(outputs, target)
         if found is not None:

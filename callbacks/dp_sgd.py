@@ -23,6 +23,7 @@ from lightning_guard.functional.privacy import (
     Noise,
     PrivacyPlan,
     Queries,
+    Segment,
     chunks_within,
     correct_adam_,
     dealt,
@@ -30,6 +31,8 @@ from lightning_guard.functional.privacy import (
     noise_of_all,
     population,
     probe,
+    profile,
+    released,
     together,
 )
 from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Query, Run, Step, Trait, callbacks_of
@@ -190,12 +193,6 @@ class DPSGD(Guard):
             yield "GradientAccumulationScheduler changes the batch size, which the plan fixes; use batch_size"
         if not module.automatic_optimization and (trainer.accumulate_grad_batches > 1 or self.max_physical_batch_size):
             yield "accumulated batches need automatic optimisation; set accumulate_grad_batches=1 and no physical limit"
-        asked = [query for guard in run.guards if not guard.off for query in guard.queries()]
-        if self.users is not None and any(query.once for query in asked):
-            yield (
-                f"{', '.join(query.name for query in asked if query.once)} counts all rows, and a person may have any "
-                "number of them; leave users out, or the guard that counts"
-            )
         if not self.replace_batch_norm:
             for name, layer in module.named_modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
@@ -217,7 +214,7 @@ class DPSGD(Guard):
         self._run, self._accumulated = run, run.trainer.accumulate_grad_batches
         self._noise = Noise(self.test_seed)
         self._queries = Queries(self._noise, run.trainer.global_rank, run.trainer.world_size)
-        self._sums = PrivateSums(run, self._queries, self._asked, self._dealt)
+        self._sums = PrivateSums(run, self._queries, self._asked, self._dealt, self._rewriting)
         if not self.off:
             run.private = self._sums
 
@@ -283,7 +280,23 @@ class DPSGD(Guard):
             target_quantile=self.target_quantile,
             query_noise=noise_of_all(q.noise for q in self._asked.values() if not q.once),
             once_noise=noise_of_all(q.noise for q in self._asked.values() if q.once),
+            before=self._brought(units),
         )  # fmt: skip
+
+    def _brought(self, units: int) -> list[Segment]:
+        """What earlier trainings have released whose results other guards bring in."""
+        found: list[Segment] = []
+        unit = "example" if self.users is None else "user"
+        for guard in self._run.guards:
+            state = {} if guard.off else guard.brings().get(self.name, {})
+            if state:
+                try:
+                    found += released(state, units, unit, self.sampling, private=self.test_seed is None)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{guard.name} brings in another training that cannot be counted: {error}"
+                    ) from None
+        return found
 
     @property
     def _asked(self) -> dict[str, Query]:
@@ -310,10 +323,12 @@ class DPSGD(Guard):
         self._mechanism = Mechanism(
             _trainable(module), Clipping(self.clipping, self.stability), self._noise, self.loss_reduction,
             self.clip_rate, trainer.global_rank, trainer.world_size, lambda text: GuardConflict(f"{self.name}: {text}"),
+            self._sums.masks,
         )  # fmt: skip
         run.undo.callback(self._mechanism.close)
-        asking = [guard.name for guard in run.guards if Trait.QUERIES_DATA in (guard.traits or ())]
-        self._leaks = Leaks(run, tuple(f"guard/{name}/" for name in (self.name, *asking)), self.withhold_metrics)
+        noised = {Trait.QUERIES_DATA, Trait.POST_PROCESSING}  # their figures are of what is private already
+        others = [guard.name for guard in run.guards if noised & (guard.traits or set())]
+        self._leaks = Leaks(run, tuple(f"guard/{name}/" for name in (self.name, *others)), self.withhold_metrics)
         self._unchanged = Unchanged(module)
         if trainer.world_size > 1:  # clipped sums are exchanged by us
             swap_value(run.undo, trainer.strategy.model, "require_backward_grad_sync", False)
@@ -498,6 +513,12 @@ class DPSGD(Guard):
                 "from public data before training, or keep it out of state_dict"
             )
 
+    @contextmanager
+    def _rewriting(self) -> Iterator[None]:
+        self._refuse(self._unchanged.kept())
+        yield
+        self._unchanged.begin()
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.off:
             self._refuse(self._unchanged.kept())
@@ -507,6 +528,11 @@ class DPSGD(Guard):
     @contextmanager
     def paused(self) -> Iterator[None]:
         with nullcontext() if self.off else self._mechanism.book.paused():
+            yield
+
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        with nullcontext() if self.off else self._mechanism.book.joined():
             yield
 
     # What is said about it ------------------------------------------------------------------------------------------
@@ -559,6 +585,14 @@ class DPSGD(Guard):
                 "times max_grad_norm (2 is allowed), and no step wrote a buffer. A probe refutes and does not prove."
             )
         return [*notes, *(f"Not covered by epsilon: {leak}." for leak in self._uncovered())]
+
+    def privacy(self) -> dict[str, Any]:
+        if self.off or self._ledger is None or self.test_seed is not None:
+            return {}
+        ledger = self._ledger
+        told = (ledger.spent, float(ledger.plan.delta))
+        others = profile(ledger.plan.ledger(ledger.steps), told[1])
+        return {"claims": [told, *(claim for claim in others if claim[1] != told[1])], "unit": ledger.plan.unit}
 
     def state(self) -> dict[str, Any]:
         if self._ledger is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_guard.functional import NOTIONS, Notion
-from lightning_guard.functional.fairness import ABSOLUTE, OF_NUMBERS, OF_RATES, Census
+from lightning_guard.functional.fairness import ABSOLUTE, OF_NUMBERS, Census
 from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Query, Run, Step, Trait, callbacks_of
 from lightning_guard.parity import (
     HSIC,
@@ -34,15 +34,16 @@ Kind = Literal["constraint", "penalty", "group_dro", "reweigh", "mmd", "hsic", "
 _WEIGHTED = ("penalty", "mmd", "hsic", "adversarial", "counterfactual")
 _BOUND = ("constraint",)
 _OF_GROUPS = ("constraint", "penalty", "group_dro", "reweigh", "mmd", "hsic", "adversarial")
-_QUERYING = ("constraint", "reweigh")  # what they remember of the data are sums, which may be noisy
+_QUERYING = ("constraint", "reweigh", "group_dro")  # what they remember of the data are sums, which may be noisy
 _SAYS: dict[str, tuple[str, ...]] = {  # to which modes an option says something
     "weight": _WEIGHTED, "notion": ("constraint", "penalty", "adversarial"), "layer": ("mmd", "hsic", "adversarial"),
     "continuous": ("hsic",), "max_gap": _BOUND, "margin": _BOUND, "intersections": _OF_GROUPS, "min_support": _BOUND,
     "steepness": ("constraint", "penalty"), "step_size": ("constraint", "group_dro"),
     "memory": ("constraint", "penalty"), "cap": _BOUND, "warmup": _BOUND, "select": _BOUND, "thresholds": _BOUND,
-    "groups": _OF_GROUPS, "count_noise": _QUERYING, "rate_noise": _BOUND,
+    "groups": _OF_GROUPS, "count_noise": _QUERYING, "rate_noise": ("constraint", "group_dro"),
+    "loss_bound": ("group_dro",),
 }  # fmt: skip
-_COUPLED = ("penalty", "group_dro", "mmd", "hsic", "adversarial")  # an example's term depends on others of its batch
+_COUPLED = ("penalty", "mmd", "hsic", "adversarial")  # an example's term depends on others of its batch, always
 
 
 class FairnessRegularization(Guard):
@@ -89,7 +90,9 @@ class FairnessRegularization(Guard):
         groups: how many values each attribute can take, e.g. ``[2, 5]`` for 0 and 1, and 0 to 4. Beside DP-SGD it must
             be given: which groups there are tells who is in the data.
         count_noise: beside DP-SGD, standard deviation of the noise on the count of each group and class, in examples.
-        rate_noise: beside DP-SGD, of the noise on the counts of decisions in each step; see the docs.
+        rate_noise: beside DP-SGD, of the noise on the counts of decisions in each step, or of ``group_dro`` on the
+            losses of groups; over what one example contributes, see the docs.
+        loss_bound: of ``group_dro`` beside DP-SGD, the largest loss that an example may tell of, in nats.
         batch: how a batch is read, if the defaults do not fit. The group is whole numbers ``(N,)``, or ``(N, A)`` for
             several attributes, negative or NaN where unknown.
 
@@ -105,7 +108,7 @@ class FairnessRegularization(Guard):
     | the model decides alike for nearly everybody | a warning and a note: it closes every gap and is of no use   |
     | data without an end                          | refused: their groups cannot be counted                      |
     | beside DP-SGD                                | counts and rates have noise, paid from the same budget       |
-    | ... in other modes than ``reweigh``          | refused                                                      |
+    | ... in the modes ``penalty``, ``mmd``, ``hsic`` and ``adversarial`` | refused                               |
 
     Raises:
         GuardConflict: before training, if the promise cannot be kept.
@@ -146,6 +149,7 @@ class FairnessRegularization(Guard):
         groups: Sequence[int] | None = None,
         count_noise: float = 50.0,
         rate_noise: float = 8.0,
+        loss_bound: float = 2.0,
         batch: Batch | None = None,
     ):
         if mode not in get_args(Kind):
@@ -165,6 +169,8 @@ class FairnessRegularization(Guard):
             raise ValueError(f"notion={notion!r} is not built for mode='adversarial'; give equalized_odds, or none")
         if thresholds is not None and notion != "quantile_parity":
             raise ValueError(f"thresholds={thresholds} are of notion='quantile_parity'; leave them out")
+        if not 0 < loss_bound < float("inf"):
+            raise ValueError(f"loss_bound={loss_bound} bounds nothing; give a positive number of nats")
         for option, noise in (("count_noise", count_noise), ("rate_noise", rate_noise)):
             if not 0 < noise < float("inf"):
                 raise ValueError(f"{option}={noise} hides nobody, or everything; give a positive number")
@@ -196,9 +202,10 @@ class FairnessRegularization(Guard):
         self.intersections, self.min_support, self.steepness = intersections, min_support, steepness
         self.step_size, self.memory, self.cap, self.warmup = step_size, memory, cap, warmup
         self.select, self.thresholds, self.batch = select, thresholds, batch
-        self.groups, self.count_noise, self.rate_noise = groups, count_noise, rate_noise
+        self.groups, self.count_noise, self.rate_noise, self.loss_bound = groups, count_noise, rate_noise, loss_bound
         coupled = {Trait.COUPLES_EXAMPLES} if mode in _COUPLED else set()
-        self.traits = frozenset({Trait.QUERIES_DATA if mode in _QUERYING else Trait.REMEMBERS_DATA} | coupled)
+        remembers = {Trait.QUERIES_DATA if mode in _QUERYING else Trait.REMEMBERS_DATA}
+        self.traits = frozenset() if mode == "counterfactual" else frozenset(remembers | coupled)
         self._state: Mapping[str, Any] | None = None
         self._fresh()
 
@@ -221,22 +228,12 @@ class FairnessRegularization(Guard):
     # Before training ----------------------------------------------------------------------------------------------
 
     def queries(self) -> Sequence[Query]:
-        """One count of groups and classes, and of each draw the hard decisions of each group."""
+        """One count of groups and classes, and of each draw the hard decisions or losses of each group."""
         asked = [Query("fairness_count", self.count_noise, once=True)] if self.mode in _QUERYING else []
-        return [*asked, Query("fairness_rates", self.rate_noise)] if self.mode == "constraint" else asked
+        each = {"constraint": "fairness_rates", "group_dro": "fairness_losses"}.get(self.mode)
+        return [*asked, Query(each, self.rate_noise)] if each else asked
 
     def problems(self, run: Run) -> Iterable[str]:
-        if self._protected(run) and self.mode in _QUERYING and not self.off:
-            if self.groups is None:
-                yield (
-                    "which groups there are tells who is in the data, which are private here; give groups=[...], the "
-                    "number of values of each attribute, e.g. groups=[2]"
-                )
-            if self.mode == "constraint" and self.notion not in OF_RATES:
-                yield (
-                    f"notion={self.notion!r} has values without a bound, which no noise hides; beside private training "
-                    f"give one of {', '.join(sorted(OF_RATES))}"
-                )
         if isinstance(self.warmup, float) and run.endless and not self.off:
             yield (
                 f"warmup={self.warmup} is a fraction of a training without end; "
@@ -256,7 +253,7 @@ class FairnessRegularization(Guard):
         self._run = run
         if self.off:
             return
-        self._private = self._protected(run)
+        self._private = run.protected
         if self._private and run.private is None:
             raise GuardConflict(
                 f"{self.name}: examples are private here, and nobody answers for sums over them; use DPSGD, or let the "
@@ -273,11 +270,6 @@ class FairnessRegularization(Guard):
                 self._census.restore(state["census"])
                 self._limits = state["thresholds"]
 
-    @staticmethod
-    def _protected(run: Run) -> bool:
-        """Whether examples are private, so that nothing of them may be remembered without noise."""
-        return any(Trait.BOUNDS_EXAMPLES in (guard.traits or ()) and not guard.off for guard in run.guards)
-
     def _made(self) -> Mode:
         weight = float(self.weight or 0.0)
         if self.mode == "constraint":
@@ -293,7 +285,8 @@ class FairnessRegularization(Guard):
         if self.mode == "penalty":
             return Penalty(self.notion, weight, self.steepness, 0.1 if self.memory is None else self.memory)
         if self.mode == "group_dro":
-            return GroupDRO(self.step_size or 0.01)
+            query, least = ("fairness_losses", 4 * self.count_noise) if self._private else ("", 1.0)
+            return GroupDRO(self.step_size or 0.01, query=query, bound=self.loss_bound, least=least)
         if self.mode == "reweigh":
             return Reweigh()
         if self.mode == "mmd":
@@ -309,14 +302,17 @@ class FairnessRegularization(Guard):
             return
         assert self._run is not None
         assert self._mode is not None
-        if self._census is None and self._private:
+        if self._census is None and self._private and self.mode == "counterfactual":
+            self._census = Census()  # pairs are compared example by example, whatever their group
+            self._limits = torch.zeros(0)
+        elif self._census is None and self._private:
             assert self.groups is not None
             self._census = count_privately(self._run, "fairness_count", self.groups, self.intersections)
             self._limits = torch.zeros(0)
         elif self._census is None:
             self._census, numbers = count(self._run, self.intersections, self.continuous, self.groups)
             self._limits = numbers.quantile(torch.arange(0.1, 1.0, 0.1)) if len(numbers) else torch.zeros(0)
-        if not self.continuous:
+        if not self.continuous and not (self._private and self.mode == "counterfactual"):
             self._judge_groups(self._census)
         if self.thresholds is not None:
             self._limits = torch.tensor(self.thresholds, dtype=torch.float32)
@@ -370,7 +366,8 @@ class FairnessRegularization(Guard):
         known = step.run.batch.find(step.batch, "target") is not None
         target = step.target if known or self.notion != "demographic_parity" else None
         self._refuse(target, logits)
-        members = group if self.continuous else self._census.members(group)
+        uncounted = self.continuous or not self._census.groups
+        members = group.new_zeros(len(group), 0) if uncounted else self._census.members(group)
         if isinstance(self._mode, Constraint):
             self._mode.active = self._warm(step.run)
         term = self._mode.term(Seen(step, self._census, logits.float(), target, members, attribute))

@@ -27,6 +27,9 @@ class MagnitudePruning(ScheduledWeights):
     is left after training is masked too, averaged weights included. Masks live outside the module: ``state_dict``
     keys do not change.
 
+    Beside DP-SGD masks and scores are free, since weights and gradients are private before they are looked at, and
+    dropped weights use none of ``max_grad_norm``: it is the norm of the kept ones that is clipped, and noised.
+
     Zeros make a model compressible, not small or fast by themselves: measure the file that you ship.
 
     Logs ``guard/magnitude_pruning/sparsity``, the fraction of prunable weights that is masked at the end of an epoch.
@@ -69,7 +72,8 @@ class MagnitudePruning(ScheduledWeights):
     | uninitialised (lazy) weights            | refused                                             |
     | ``pattern`` and inputs that M does not divide | refused, by name                              |
     | ``sparsity`` that leaves less than ``min_keep`` | refused                                     |
-    | ``gradient``, ``movement``, ``regrow``  | read gradients, so they are refused beside DP-SGD   |
+    | ``gradient``, ``movement``, ``regrow`` beside DP-SGD | read gradients that are clipped and noised |
+    | ``regrow`` beside DP-SGD                | needs dense gradients, so dropped weights use norm  |
     | infinite gradients                      | count as none in a score                            |
 
     Raises:
@@ -87,6 +91,7 @@ class MagnitudePruning(ScheduledWeights):
     """
 
     name: ClassVar[str] = "magnitude_pruning"
+    traits: frozenset[Trait] | None = frozenset({Trait.POST_PROCESSING})
     verb: ClassVar[str] = "prune"
 
     def __init__(
@@ -118,11 +123,10 @@ class MagnitudePruning(ScheduledWeights):
         self.regrow, self.rewind, self.rounds, self.seed = regrow, rewind, rounds, seed
         super().__init__(start, end, every, targets, ignore)
         self._agree()
-        reads_gradients = score in ("gradient", "movement") or regrow
-        self.traits = frozenset({Trait.REMEMBERS_DATA if reads_gradients else Trait.POST_PROCESSING})
         self._masks = Masks({})
         self._least: dict[str, int] = {}  # weights that each layer keeps at least
         self._scores: dict[str, Tensor] = {}
+        self._read: dict[str, Tensor] = {}  # what the coming optimizer step adds to them
         self._rewinding = Rewinding()
 
     def _agree(self) -> None:
@@ -184,7 +188,7 @@ class MagnitudePruning(ScheduledWeights):
         assert self._run is not None
         self._masks = Masks(self._weights, None if state is None else state["dropped"])
         self._least = self._fit_in()
-        self._scores, self._rewinding = {}, Rewinding()
+        self._scores, self._read, self._rewinding = {}, {}, Rewinding()
         if state is not None:
             for name, score in state["scores"].items():
                 self._scores[name] = score.to(self._weights[name].device, copy=True)
@@ -194,6 +198,7 @@ class MagnitudePruning(ScheduledWeights):
         if self.score == "random":
             for i, (name, weight) in enumerate(self._weights.items()):
                 self._scores[name] = torch.rand(weight.shape, generator=stream(self.seed, i)).to(weight.device)
+        self._tell()
 
     def _fit_in(self) -> dict[str, int]:
         """Refuse weights that cannot be pruned so; what each keeps at least."""
@@ -232,9 +237,17 @@ class MagnitudePruning(ScheduledWeights):
                 product = weight * weight.grad
                 if not bool(product.sum().isfinite()):
                     product = torch.nan_to_num(product, 0.0, 0.0, 0.0)
-                if name not in self._scores:
-                    self._scores[name] = torch.zeros_like(product, dtype=torch.float32)
-                self._scores[name].add_(product.abs_() if self.score == "gradient" else product.neg_())
+                self._read[name] = product.abs_() if self.score == "gradient" else product.neg_()
+
+    @torch.no_grad()
+    def on_weights(self, optimizer: Optimizer) -> None:
+        # Only now: whoever vouches for gradients looks at them once more when the optimizer has taken its step.
+        for name, product in self._read.items():
+            if name not in self._scores:
+                self._scores[name] = torch.zeros_like(product, dtype=torch.float32)
+            self._scores[name].add_(product)
+        self._read = {}
+        super().on_weights(optimizer)
 
     def hold(self, names: Iterable[str]) -> None:
         self._masks.clear(names)
@@ -288,6 +301,16 @@ class MagnitudePruning(ScheduledWeights):
         if self.score == "gradient" or progress == 1:
             self._scores = {}
         self._still()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Whoever bounds gradients bounds those that are left; to grow anew takes those of dropped weights too."""
+        assert self._run is not None
+        if self._run.private is not None and not self.regrow:
+            kept = self._masks.kept
+            for name, gone in self._masks.gone.items():
+                if gone:
+                    self._run.private.mask(self._weights[name], kept[name])
 
     def _next(self, sparsity: float, progress: float) -> dict[str, Tensor]:
         """The masks at this sparsity."""

@@ -133,8 +133,6 @@ class PrivacyAudit(Guard):
         few = getattr(run.trainer, "overfit_batches", 0)
         if few:
             yield f"overfit_batches={few} trains on a fixed few rows, so most canaries would never be seen; set it to 0"
-        if any(getattr(guard, "users", None) is not None for guard in run.guards):
-            yield "users=... protects people, and canaries are nobody's rows; audit the same training without users"
 
     def prepare(self, run: Run) -> None:
         self._reset()
@@ -307,6 +305,15 @@ class PrivacyAudit(Guard):
         if self.seed is not None:
             notes.append("Coins of the audit came from a seed, which is for tests.")
         return [*notes, "This model was trained on canaries: it is for auditing, not for use."]
+
+    def privacy(self) -> dict[str, Any]:
+        if self.result is None:
+            return {}
+        found = self.result
+        return {
+            "lower_bound": found.epsilon_lower, "ceiling": found.ceiling, "confidence": found.confidence,
+            "audit_delta": found.delta,
+        }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         if not self.canaries or self._source is None:

@@ -1,7 +1,7 @@
 """Quantisation-aware training as a guard."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -14,20 +14,26 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_guard.functional.quantization import (
+    CELLS,
     FakeQuantization,
+    LostRows,
+    NoisyRanges,
     Range,
     StepLearner,
     anew,
     batch_norms,
     chosen_layers,
+    range_rows,
     ranges_by_layer,
 )
-from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Run, Step, Trait, said
+from lightning_guard.guard import Batch, Guard, GuardConflict, Phase, Private, Query, Run, Step, Trait, said
 from lightning_guard.still import still
 from lightning_guard.undo import swap
 
+_RANGES = "quantization_ranges"  # the name of a query
 _MOMENTUM = 0.05  # of a new range in the moving average: the last twenty steps count
 _BATCHES = 20  # for BatchNorm's statistics at the end
 
@@ -55,6 +61,8 @@ class QuantizationAwareTraining(Guard):
         end: when ranges and learned steps are final, as a fraction of training (float) or in optimizer steps (int).
         ranges: fixed ranges of inputs, in their own units: one pair for all layers, or pairs by layer name or pattern.
             Nothing is observed then.
+        range_noise: beside DP-SGD, standard deviation of the noise on the counts that tell ranges in each step up to
+            ``end``, over what one example contributes to all of them; paid from the same budget.
         batchnorm: ``reestimate`` averages the statistics of BatchNorm over 20 batches after the last step; ``keep``
             leaves the moving average. Never frozen: that breaks training.
         step_lr: relative change of a learned step in one update, at the start; falls to 0 at ``end``.
@@ -68,6 +76,9 @@ class QuantizationAwareTraining(Guard):
     | a pattern that matches nothing              | refused, with the names that there are                  |
     | a layer without a range in ``ranges``       | refused                                                 |
     | the first step after ``start``              | inputs are only observed                                |
+    | beside DP-SGD                               | ranges are noisy quantiles, told after some steps       |
+    | ... with more noise than can tell any by ``end`` | refused on the first step                          |
+    | ... with ``lsq``                            | refused: steps are learned from raw gradients           |
     | attacks, probes, validation                 | rounded, not observed                                   |
     | a layer that training never calls           | its input is left, with a warning                       |
     | a weight shared by two quantised layers     | one grid; refused if their channels differ              |
@@ -92,7 +103,7 @@ class QuantizationAwareTraining(Guard):
 
     name: ClassVar[str] = "quantization"
     phase: ClassVar[Phase] = Phase.REWRITE
-    traits: frozenset[Trait] | None = frozenset({Trait.REMEMBERS_DATA})
+    traits: frozenset[Trait] | None = frozenset({Trait.QUERIES_DATA})  # by scheme and ranges
 
     def __init__(
         self,
@@ -102,6 +113,7 @@ class QuantizationAwareTraining(Guard):
         start: int | float = 0.5,
         end: int | float = 0.85,
         ranges: Range | Mapping[str, Range] | None = None,
+        range_noise: float = 8.0,
         batchnorm: Literal["reestimate", "keep"] = "reestimate",
         step_lr: float = 0.01,
         targets: Sequence[str] | None = None,
@@ -127,10 +139,14 @@ class QuantizationAwareTraining(Guard):
         for low, high in ranges.values() if isinstance(ranges, Mapping) else [ranges] if ranges else ():
             if not -float("inf") < low <= 0 <= high < float("inf") or low == high:
                 raise ValueError(f"ranges={ranges}: ({low}, {high}) must be finite and hold 0; widen it")
+        if not 0 < range_noise < float("inf"):
+            raise ValueError(f"range_noise={range_noise} hides nobody, or everything; give a positive number")
         self.bits, self.activation_bits, self.scheme = bits, activation_bits, scheme
         self.start, self.end, self.ranges, self.batchnorm, self.step_lr = start, end, ranges, batchnorm, step_lr
-        self.targets, self.ignore, self.batch = targets, ignore, batch
-        if scheme == "minmax" and (ranges is not None or activation_bits is None):
+        self.targets, self.ignore, self.batch, self.range_noise = targets, ignore, batch, range_noise
+        if scheme == "lsq":
+            self.traits = frozenset({Trait.REMEMBERS_DATA})
+        elif ranges is not None or activation_bits is None:
             self.traits = frozenset({Trait.POST_PROCESSING})
         self.activation_ranges: dict[str, Range] = {}
         """The range of each layer's inputs in the last training."""
@@ -142,6 +158,9 @@ class QuantizationAwareTraining(Guard):
         self._before = 0  # optimizer steps of a training that went on without the guard
         self._window: tuple[int, int] | None = None
         self._model: FakeQuantization | None = None
+        self._asked = False  # whether ranges come from queries, since examples are private
+        self._noisy: NoisyRanges | None = None
+        self._counted: Mapping[str, Any] = {}  # of them, before a resumed run has made its first step
         self._learner: StepLearner | None = None
         self._norms: list[_BatchNorm] | None = None
         self._aliases: dict[str, str] = {}  # every name of a weight in the state dict
@@ -181,6 +200,10 @@ class QuantizationAwareTraining(Guard):
                 "forward; name the submodule with Batch(logits=...), or give batchnorm='keep'"
             )
 
+    def queries(self) -> Sequence[Query]:
+        """Of each draw the sizes of every layer's inputs."""
+        return [Query(_RANGES, self.range_noise)] if Trait.QUERIES_DATA in (self.traits or ()) else []
+
     # The beginning -------------------------------------------------------------------------------------------------
 
     def begin(self, run: Run) -> None:
@@ -214,6 +237,12 @@ class QuantizationAwareTraining(Guard):
         self._optimizers = [id(one) for one in optimizers if names.keys() & _owned(one)][:1]  # it keeps the time
         if not self._optimizers:
             raise GuardConflict(f"{self.name}: no optimizer trains a weight that is quantised; train some, or drop it")
+        self._asked = run.protected and bool(self.queries()) and bool(self._model.rounded)
+        if self._asked and run.private is None:
+            raise GuardConflict(
+                f"{self.name}: examples are private here, and nobody answers for counts of them; give ranges=..., or "
+                "activation_bits=None"
+            )
         if restored is not None:
             self._resume(restored)
         for layer in layers:
@@ -230,12 +259,43 @@ class QuantizationAwareTraining(Guard):
         assert model is not None
         self._open(step)
         assert self._window is not None
-        was = model.observing
-        model.observing = self._active and self._steps < self._window[1] and self.ranges is None and not step.rehearsal
+        was, learning = model.observing, self._steps < self._window[1] and self.ranges is None
+        model.observing = self._active and learning and not step.rehearsal and not self._asked
+        rows = _rows(step.inputs) if self._asked and learning else None
         try:
-            yield
+            with model.looking(rows) as seen:
+                yield
+                if rows is not None and not step.rehearsal:
+                    assert step.run.private is not None
+                    step.run.private.add(_RANGES, range_rows(*seen()))
+        except LostRows as error:
+            raise GuardConflict(f"{self.name}: {error}") from None
         finally:
             model.observing = was
+
+    def _ask(self, private: Private, end: int) -> None:
+        """Ask for the sizes of inputs of each draw, in place of looking at them."""
+        assert self._model is not None
+        layers = len(self._model.rounded)
+        found = NoisyRanges(layers, self.range_noise, private.batch_size)
+        if found.draws_needed(end) is None:
+            raise GuardConflict(
+                f"{self.name}: range_noise={self.range_noise:g} is too much to tell the ranges of {layers} layers by "
+                f"step {end} from draws of {private.batch_size} examples; give less of it, a larger batch, a later "
+                "end, fixed ranges, or activation_bits=None"
+            )
+        if self._counted:
+            found.restore(self._counted)
+            self._model.take_ranges(found.ranges())
+        self._noisy = found
+
+        def take(sums: Tensor) -> None:
+            if self._steps < end:
+                assert self._model is not None
+                found.add(sums)
+                self._model.take_ranges(found.ranges())
+
+        private.open(_RANGES, 2 * layers * CELLS, take)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -244,7 +304,8 @@ class QuantizationAwareTraining(Guard):
             return
         was, self._model.observing = self._model.observing, False
         try:
-            yield
+            with self._model.looking(None):
+                yield
         finally:
             self._model.observing = was
 
@@ -256,6 +317,9 @@ class QuantizationAwareTraining(Guard):
             start, end = (round(t * total) if isinstance(t, float) else t for t in (self.start, self.end))
             self._window = start, max(end, start + 1)  # a range has to be seen once
             self._fits(start)
+            if self._asked:
+                assert self._run.private is not None
+                self._ask(self._run.private, self._window[1])
         if not self._active and self._steps >= self._window[0]:
             self._active = self._model.on = True
             self._learn()
@@ -289,7 +353,7 @@ class QuantizationAwareTraining(Guard):
         assert self._model is not None
         assert self._run is not None
         start, end = self._window
-        if self._active and self._steps < end:
+        if self._active and self._steps < end and not self._asked:
             many = self._run.trainer.world_size > 1
             self._model.take_observations(_MOMENTUM, *([_smallest] if many else []))
             if self._learner is not None:
@@ -327,9 +391,14 @@ class QuantizationAwareTraining(Guard):
             return [f"Training ended before start={self.start}, so nothing is quantised."]
         if self.activation_bits is None:
             return []
+        told = [
+            f"Ranges of inputs are 99 % quantiles of noisy counts (range_noise={self.range_noise:g}), paid from the "
+            "budget for privacy; inputs beyond them are clipped."
+        ] * self._asked
         return [
+            *told,
             f"The module has weights on grids of {self.bits} bits and computes with inputs in 32; an exported file "
-            "rounds inputs as well, so judge that file."
+            "rounds inputs as well, so judge that file.",
         ]
 
     def release(self, module: pl.LightningModule) -> None:
@@ -349,7 +418,9 @@ class QuantizationAwareTraining(Guard):
         """Weights on their grids, and BatchNorm for these weights; a second time only if an average has moved them."""
         assert self._model is not None
         assert self._run is not None
-        moved = self._model.snap_()
+        private = self._run.private
+        with nullcontext() if private is None else private.rewriting():
+            moved = self._model.snap_()
         self.activation_ranges = self._model.ranges
         unseen = [one.name for one, known in zip(self._model.rounded, self._model.known, strict=True) if not known]
         if unseen and not self._finished:
@@ -387,6 +458,8 @@ class QuantizationAwareTraining(Guard):
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"steps": self._steps, "active": self._active, "method": self._method}
+        if self._asked:
+            state["noisy"] = self._counted if self._noisy is None else self._noisy.state()
         if self._model is None or not self._active:
             return state
         latent = {} if self._finished else {s.name: w.detach().clone() for w, s in self._model.slots.items()}
@@ -409,7 +482,7 @@ class QuantizationAwareTraining(Guard):
     @torch.no_grad()
     def _resume(self, state: Mapping[str, Any]) -> None:
         assert self._model is not None
-        self._steps, self._active = state["steps"], state["active"]
+        self._steps, self._active, self._counted = state["steps"], state["active"], state.get("noisy", {})
         self._model.on = self._active
         if not self._active:
             return
@@ -444,6 +517,11 @@ def _kept(loader: CombinedLoader) -> Iterator[None]:
     finally:
         for one, state in states:
             one.set_state(state)
+
+
+def _rows(inputs: Any) -> int:
+    """How many rows a batch has, by the first tensor of its inputs."""
+    return next((len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
 def _owned(optimizer: Optimizer) -> set[Tensor]:

@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import product
@@ -14,12 +14,16 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from lightning_guard.afterwards import compare_finished, ended, gates_of
 from lightning_guard.check import quiet, rehearse
 from lightning_guard.evaluation.references import REFERENCES
-from lightning_guard.guard import guards_of
+from lightning_guard.guard import GuardConflict, guards_of
 from lightning_guard.launch import FILES, GuardCLI, pairs
 from lightning_guard.recipe import Recipe, RecipeError, find, merged, nearest, plain, read, refused
+from lightning_guard.report.combined import combined, told
 from lightning_guard.report.compare import Arm, Parts, compare_arms
+from lightning_guard.report.given import SUFFIXES, FromCheckpoint
+from lightning_guard.report.runs import plain_text
 from lightning_guard.report.witness import Withholding
 
 T = TypeVar("T")
@@ -54,6 +58,10 @@ def compare(args: Sequence[str]) -> int:
         RecipeError: with all problems of all arms.
     """
     own, shared = _split(args)
+    command = shlex.join(["lightning-guard", "compare", *args])
+    if own.runs:
+        return compare_finished(own, shared, command)
+    own.arm, given = _given(own.arm)
     if own.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Threads of several processes on one core wait for each other: ten times slower on two cores.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // own.workers))
@@ -61,6 +69,7 @@ def compare(args: Sequence[str]) -> int:
         raise RecipeError("compare needs at least two arms, the baseline first: --arm none --arm fairness")
     sweeps = _sweeps(own.sweep, shared)
     arms_stated = _swept([_named(text) for text in own.arm], sweeps)
+    made_of = _combined(arms_stated, own.combine, sweeps)
     stated = dict(arms_stated)
     if len(stated) < len(arms_stated):
         twice = own.arm if not sweeps else [name for name, _ in arms_stated]
@@ -69,25 +78,30 @@ def compare(args: Sequence[str]) -> int:
     with quiet():
         evaluators, judged = _shared(shared, [recipe for arm in stated.values() for recipe in arm.recipes])
         arms = _each(stated, lambda name: _parse(stated[name], shared, judged))
+        refusals = {name: [""] for name in own.refused}
         if not own.worker:
             # Where one arm needs the group, the batches of every arm have one.
             needed = any(guard.needs_group for cli in arms.values() for guard in guards_of(cli.trainer))
-            _each(arms, lambda name: _rehearse(arms[name], [Withholding()] if needed else []))
+            refusals = _rehearsed(arms, [Withholding()] if needed else [], made_of)
+        arms = {name: cli for name, cli in arms.items() if name not in refusals}
+        without = [f"--refused={name}" for name in refusals]
         place = compare_arms(
-            [_arm(name, cli, stated[name]) for name, cli in arms.items()],
+            [_arm(name, cli, stated[name], given.get(name)) for name, cli in arms.items()],
             seeds=range(own.seeds),
             evaluators=evaluators,
             folder=own.out,
             title=own.title,
-            command=shlex.join(["lightning-guard", "compare", *args]),
+            command=command,
             workers=own.workers,
-            argv=[sys.executable, "-m", "lightning_guard", "compare", *args, "--worker"],
+            argv=[sys.executable, "-m", "lightning_guard", "compare", *args, "--worker", *without],
             worker=own.worker,
             references=references,
+            accept=gates_of({name: cli.accept for name, cli in list(arms.items())[1:]}, own.inconclusive),
+            resplit=own.resplit,
+            publishable=own.publishable,
+            combinations=told([name for name, _ in arms_stated], made_of, refusals) if own.combine else None,
         )
-    if not own.worker:
-        print(f"The report is {place}")
-    return 0
+    return 0 if own.worker else ended(place)
 
 
 def _each(names: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
@@ -112,11 +126,17 @@ def _split(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--sweep", action="append", default=[])
     parser.add_argument("--reference", default="")
+    parser.add_argument("--combine", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="comparison")
     parser.add_argument("--title", default="Guarded and unguarded models")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--resplit", action="store_true")
+    parser.add_argument("--publishable", action="store_true")
+    parser.add_argument("--inconclusive", default="")
+    parser.add_argument("--runs", nargs="+", default=[])
     parser.add_argument("--worker", action="store_true")  # what further workers are started with
+    parser.add_argument("--refused", action="append", default=[])  # and what they need not find out again
     try:
         own, shared = parser.parse_known_args(list(args))
     except argparse.ArgumentError as error:
@@ -128,6 +148,23 @@ def _split(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if getattr(own, name) < 1:
             raise RecipeError(f"--{name}: {getattr(own, name)} is too few; give at least 1")
     return own, shared
+
+
+def _given(texts: Sequence[str]) -> tuple[list[str], dict[str, FromCheckpoint]]:
+    """The arms without the checkpoints among their recipes, and these by arm."""
+    arms, given = [], {}
+    for text in texts:
+        if not text.endswith(SUFFIXES):
+            arms.append(text)
+            continue
+        name, equals, made_of = text.partition("=")  # the first: Lightning writes one into the name of a checkpoint
+        if not equals or os.path.isfile(text):
+            raise RecipeError(f"--arm {text}: is a checkpoint without a name; write --arm NAME={text}")
+        recipes, _, path = made_of.rpartition("+")
+        path, recipes = (made_of, "") if os.path.isfile(made_of) else (path, recipes)
+        arms.append(f"{name}={recipes or 'none'}")
+        given[name] = FromCheckpoint(path)
+    return arms, given
 
 
 def _named(text: str) -> tuple[str, list[Recipe]]:
@@ -187,6 +224,43 @@ def _swept(stated: Sequence[tuple[str, list[Recipe]]], sweeps: Sequence[Sweep]) 
             swept = {sweep.key: value for sweep, value in zip(own, values, strict=True)}
             arms.append((" ".join([name, *told]), Stated(recipes, swept, name if own else "")))
     return arms
+
+
+def _combined(arms: list[tuple[str, Stated]], kinds: str, sweeps: Sequence[Sweep]) -> dict[str, tuple[str, ...]]:
+    """Add an arm for each combination that is asked for, smaller ones first; gives the parts of each."""
+    if not kinds:
+        return {}
+    if sweeps:
+        raise RecipeError("--combine and --sweep together multiply into arms that nobody reads; give one of them")
+    try:
+        made_of = combined([name for name, _ in arms], kinds)
+    except ValueError as error:
+        raise RecipeError(f"--combine: {error}") from None
+    given = dict(arms)
+    for name, parts in made_of.items():
+        if name not in given:
+            recipes = {recipe.name: recipe for part in parts for recipe in given[part].recipes}
+            arms.append((name, Stated(list(recipes.values()))))
+    arms.sort(key=lambda arm: len(made_of.get(arm[0], ())))  # those that are no combination stay first, as stated
+    return made_of
+
+
+def _rehearsed(
+    arms: Mapping[str, GuardCLI], callbacks: list[pl.Callback], made_of: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """The combinations that are refused, with every reason; another arm that is refused ends the comparison."""
+    refusals: dict[str, list[str]] = {}
+
+    def one(name: str) -> None:
+        try:
+            _rehearse(arms[name], callbacks)
+        except GuardConflict as error:
+            if name not in made_of:
+                raise
+            refusals[name] = error.problems
+
+    _each(arms, one)
+    return refusals
 
 
 def _references(text: str, sweeps: Sequence[Sweep]) -> list[str]:
@@ -264,7 +338,7 @@ def _rehearse(cli: GuardCLI, callbacks: list[pl.Callback]) -> None:
         raise result.error
 
 
-def _arm(name: str, cli: GuardCLI, stated: Stated) -> Arm:
+def _arm(name: str, cli: GuardCLI, stated: Stated, given: FromCheckpoint | None = None) -> Arm:
     options = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     quietly = {option: False for option in options if cli.config.trainer[option] is None}
 
@@ -273,11 +347,13 @@ def _arm(name: str, cli: GuardCLI, stated: Stated) -> Arm:
         return cli.trainer, cli.model, cli.datamodule
 
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
-    decides = {key: value for key, value in config.items() if key not in ("seed_everything", "evaluate")}
+    decides = {key: value for key, value in config.items() if key not in ("seed_everything", "evaluate", "accept")}
     values = [{"key": key, "value": _number(value)} for key, value in stated.swept.items()]
     sweep = {"of": stated.of, **values[0], "also": values[1:]} if values else None
     digests = {recipe.name: recipe.sha256 for recipe in stated.recipes}
-    return Arm(name, build, digests, yaml.safe_dump(decides), sweep)
+    texts = {recipe.name: recipe.path.read_bytes().decode() for recipe in stated.recipes}
+    text = yaml.safe_dump(decides) + (f"# {plain_text(given.marks)}\n" if given is not None else "")
+    return Arm(name, build, digests, text, sweep, texts, given)
 
 
 def _number(text: str) -> Any:

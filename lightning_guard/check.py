@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from shutil import get_terminal_size
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
@@ -15,13 +16,17 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
-from lightning_guard.composition import findings
+from lightning_guard.composition import told
 from lightning_guard.guard import Guard, GuardConflict, callbacks_of, guards_of
 from lightning_guard.launch import GuardCLI
 from lightning_guard.pipeline import Pipeline, current
 from lightning_guard.recipe import RecipeError, refused
 from lightning_guard.record import read_checkpoint, refuse_to_resume
+from lightning_guard.report.composed import lines
+from lightning_guard.rules import rows
 from lightning_guard.undo import StandIn
+
+_INDENT = 13  # of what a step says
 
 _TRANSFORMS = (
     "rewrite",
@@ -39,12 +44,20 @@ _TRANSFORMS = (
 def check(args: Sequence[str]) -> int:
     """Parse, build, compose, run one step through every transform and undo it, telling each.
 
+    With ``--rules`` alone it prints the whole table of composition instead.
+
     Returns:
         0 if all is well, 2 if something is refused.
 
     Raises:
         Exception: what a fault in a model, its data or a guard raises, with its traceback.
     """
+    if "--rules" in args:
+        if len(args) > 1:
+            raise RecipeError("check --rules prints the whole table and takes nothing else; leave out --rules to check")
+        for line in lines(rows(), _width()):
+            _tell(line, sys.stdout)
+        return 0
     step = _Steps()
     try:
         with quiet(), step("parse") as said:
@@ -98,7 +111,7 @@ class _Steps:
             first, *more = said or [""]
             _tell(f"{self.count} {mark} {name:<8} {first}".rstrip(), stream)
             for line in more:
-                _tell(f"             {line}", stream)
+                _tell(f"{' ' * _INDENT}{line}", stream)
 
 
 @contextmanager
@@ -125,9 +138,13 @@ def _composition(guards: Sequence[Guard]) -> Iterator[str]:
     yield "the guards, in the order in which they act:" if guards else "no guard is switched on"
     for guard in guards:
         yield f"{guard.name:<{width}}  {guard.phase.name.lower():<9}  {guard.promise}"
-    for first, second, rule in findings(guards):
-        remedy = f"; {rule.remedy}" if rule.remedy else ""
-        yield f"{first.name} + {second.name}: {rule.verdict.value}: {rule.reason}{remedy}"
+    if rows := told(guards):
+        yield "which of their promises survive together:"
+        yield from lines(rows, _width() - _INDENT)
+
+
+def _width() -> int:
+    return max(60, min(140, get_terminal_size((100, 24)).columns))
 
 
 def _places(guards: Sequence[Guard]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-guard fit|validate|test|predict|check|compare|export|list|show|schema``.
+"""The command line: ``lightning-guard fit|validate|test|predict|check|compare|verify|sign|export|list|show|schema``.
 
 What needs no torch is done before it is imported, so that recipes are listed and shown at once.
 """
@@ -39,17 +39,33 @@ _VERBS = {
     "test": ("Run the test of a model.", "--config config.yaml --ckpt_path last.ckpt", ""),
     "predict": ("Run the prediction of a model.", "--config config.yaml --ckpt_path last.ckpt", ""),
     "check": ("Do everything of a fit but the training: parse, build, compose, one step, undo.",
-              "--config demo/adult --recipe fairness", ""),
+              "--config demo/adult --recipe fairness", """
+  --rules                alone: print the whole table of which safeguards go together, and why"""),
     "compare": ("Train guarded and unguarded models on the same seeds and report what each gained and cost.",
                 "--config demo/adult --arm none --arm fairness --arm fairness+pruning --out adult", """
-  --arm ARM              none, or recipes as RECIPE+RECIPE, or NAME=RECIPE+RECIPE; the first is the baseline
+  --arm ARM              none, or recipes as RECIPE+RECIPE, or NAME=RECIPE+RECIPE; the first is the baseline;
+                         NAME=model.ckpt is judged without training, {seed} in it stands for the seed
   --sweep KEY=V,V        an arm for each value: guards.fairness.max_gap=0.02,0.05,0.1; several sweeps multiply
+  --combine WHAT,WHAT    an arm for each combination of those given: pairs, triples, all; pairs:ARM of those with it.
+                         An arm named as one, such as private+fair, is it. What is refused is told, not trained
   --reference NAME,NAME  beside a sweep of fairness, fairlearn's threshold_optimizer, exponentiated_gradient
   --seeds N              runs of every arm (3)
   --out FOLDER           where report and runs go; finished runs are found there and kept (comparison)
   --title TEXT           of the report
   --workers N            processes that share the runs (1)
+  --resplit              split train and validation by seed, where the data module has `split_seed`
+  --inconclusive WHAT    whether gates (`accept:` in a file) that cannot be decided fail or pass (fail)
+  --publishable          write public/ too: the report without pictures of data, and what publishing would leak
+  --runs FOLDER FOLDER   instead of training: folders of finished comparisons, or of `fit` with its checkpoint
   --evaluate.NAME.OPTION what is measured: task, robustness, fairness, efficiency; all of them unless stated"""),
+    "verify": ("Make again what a finished comparison says, from predictions, checkpoints and data, and compare.",
+               "comparison", """
+  --full                 make again what takes long too: attacks, certificates, audits
+  --hash HASH            of a signature or of the folder, kept elsewhere: the folder must be the one that has it"""),
+    "sign": ("Sign a finished comparison: a name and a note, bound to the hash of every file.",
+             "comparison --name 'Ada Lovelace' --note 'Reviewed for release 2'", """
+  --name NAME            of who signs
+  --note TEXT            what they have to say"""),
     "export": ("Write a trained model as a file for use, checked against the model on real data before it is there.",
                "--config run/config.yaml --ckpt_path last.ckpt --out model.onnx --format onnx-int8", """
   --ckpt_path FILE       the trained model
@@ -69,7 +85,7 @@ _VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; returns the exit code: 0, or 2 if something is refused."""
+    """The entry point; returns the exit code: 0, 1 if gates fail or a folder differs, or 2 if something is refused."""
     args = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for `--model my_module.MyModel`, as with `python -m`
@@ -126,6 +142,10 @@ def _run(verb: str, args: list[str]) -> int:
         from lightning_guard.arms import compare
 
         return compare(args)
+    elif verb in ("verify", "sign"):
+        from lightning_guard import review
+
+        return review.verify(args) if verb == "verify" else review.sign(args)
     elif verb == "export":
         from lightning_guard.export.command import command
 
@@ -213,7 +233,7 @@ def _help(verb: str) -> str:
     text = f"{what}\n\nexample: lightning-guard {verb} {example}".rstrip() + "\n"
     if options:
         text += f"\nOptions of {verb}:{options}\n"
-    if verb in ("list", "show", "schema"):
+    if verb in ("list", "show", "schema", "verify", "sign"):
         return text.rstrip()
     promises = [(name, (ast.get_docstring(node) or "").split("\n")[0]) for name, node in _guards()]
     width = max(len(name) for name, _ in promises)

@@ -1,7 +1,7 @@
 """The contract between a safeguard and the run it guards."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from inspect import signature
@@ -27,9 +27,9 @@ class Phase(IntEnum):
 class Trait(StrEnum):
     """What a guard does that matters to others; `composition` judges by it."""
 
-    COUPLES_EXAMPLES = "couples_examples"  # what one example contributes depends on other examples
+    COUPLES_EXAMPLES = "couples_examples"  # one example changes what others contribute, `Run.private` or not
     REMEMBERS_DATA = "remembers_data"  # keeps what it computed from training data outside the gradient
-    POST_PROCESSING = "post_processing"  # computes from the weights alone
+    POST_PROCESSING = "post_processing"  # computes from weights, and gradients as the optimizer takes them, alone
     BOUNDS_EXAMPLES = "bounds_examples"  # bounds what any single example can contribute, as privacy needs
     QUERIES_DATA = "queries_data"  # remembers sums over training data, with noise wherever `Run.private` is there
 
@@ -81,6 +81,17 @@ class Private(Protocol):
         """What the rows of this step's batch contribute, ``(N, size)`` of norms at most 1; longer ones are cut."""
         ...
 
+    def mask(self, weight: nn.Parameter, kept: Tensor) -> None:
+        """From now on a weight is held at zero but where ``kept``, by a function of what is private already.
+
+        Gradients count there alone: the others take no part in an example's norm, and no noise is added to them.
+        """
+        ...
+
+    def rewriting(self) -> AbstractContextManager[None]:
+        """In this block weights that nothing trains are brought into another form, a function of themselves alone."""
+        ...
+
 
 @dataclass
 class Run:
@@ -100,6 +111,11 @@ class Run:
     def rank(self) -> int:
         """The index of this process among all that train."""
         return int(self.trainer.global_rank)
+
+    @property
+    def protected(self) -> bool:
+        """Whether examples are private, so that nothing of them may be remembered without noise."""
+        return any(Trait.BOUNDS_EXAMPLES in (guard.traits or ()) and not guard.off for guard in self.guards)
 
     @property
     def endless(self) -> bool:
@@ -272,13 +288,13 @@ class Step:
         """For one more pass that is trained on, with random numbers of its own.
 
         Layers are in the mode of the step, so BatchNorm counts the pass and Dropout draws by ``seed``. As in
-        :meth:`probe` nothing is logged, no metric counts, other guards are paused, and the global random generators
-        are put back.
+        :meth:`probe` nothing is logged, no metric counts, other guards stand aside or join in (:meth:`Guard.joining`),
+        and the global random generators are put back.
         """
         with ExitStack() as undo:
             undo.enter_context(still(self.module, self.run._metrics, training=True))
             for guard in self.run.guards:
-                undo.enter_context(guard.paused())
+                undo.enter_context(guard.joining())
             was, self.probing = self.probing, True
             undo.callback(setattr, self, "probing", was)
             torch.manual_seed(seed)
@@ -331,6 +347,10 @@ class Guard(pl.Callback):
         """What this guard asks of training data that are private, for a plan to pay for."""
         return ()
 
+    def brings(self) -> Mapping[str, Mapping[str, Any]]:
+        """States by name of the guards that something brought in was trained under; a plan counts what they spent."""
+        return {}
+
     def prepare(self, run: Run) -> None:
         """The run is found sound; its loaders, optimizers and restored states are not there yet."""
 
@@ -378,6 +398,12 @@ class Guard(pl.Callback):
         """Stand aside while another guard makes passes of its own."""
         yield
 
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """Another guard makes one more pass on the batch, whose loss joins the step's: stand aside, or join in."""
+        with self.paused():
+            yield
+
     def settled(self, run: Run) -> bool:
         """Whether the weights of now are such as this guard promises, e.g. a schedule has come to its end."""
         return True
@@ -399,6 +425,14 @@ class Guard(pl.Callback):
     def notes(self) -> list[str]:
         """Sentences about the training that has just ended that its reader must know, for the report."""
         return []
+
+    def privacy(self) -> dict[str, Any]:
+        """What the training that has just ended claims or shows of privacy, in plain numbers; empty if nothing.
+
+        Known are ``claims``, pairs of epsilon and delta that all hold, the first the one to be told; ``unit``, who is
+        protected; and of an audit ``lower_bound``, ``ceiling``, ``confidence`` and ``audit_delta``.
+        """
+        return {}
 
     @property
     def promise(self) -> str:

@@ -20,7 +20,7 @@ from lightning_guard.callbacks.slots import slots
 from lightning_guard.evaluation import EVALUATORS
 from lightning_guard.guard import Guard
 from lightning_guard.mistakes import blamed, examine, explained, refuse_unknown
-from lightning_guard.recipe import FORMAT, Recipe, RecipeError, find, locate, option, place, read
+from lightning_guard.recipe import FORMAT, Recipe, RecipeError, find, locate, merged, option, place, plain, read
 from lightning_guard.record import Resume, SavedConfig
 
 FILES = ("-c", "--config", "--recipe")  # one option, three spellings
@@ -116,8 +116,13 @@ class GuardCLI(LightningCLI):
         """Slots for guards and evaluators, and the options of the Trainer's method."""
         for key, cls in self.classes.items():
             summary = (cls.__doc__ or "").strip().split("\n")[0]
-            on = {"class_path": f"{cls.__module__}.{cls.__qualname__}"} if key.startswith("evaluate.") else None
+            on = (
+                {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+                if key.startswith("evaluate.") and not getattr(cls, "optional", False)
+                else None
+            )
             parser.add_argument(f"--{key}", type=Optional[cls], default=on, help=summary)  # noqa: UP045  # made here
+        parser.add_argument("--accept", type=dict[str, Any] | None, default=None, help="Gates of a comparison.")
         method = self.verb if self.verb in _RUNS else "fit"
         self.method_options = parser.add_method_arguments(pl.Trainer, method, skip=self.subcommands()[method])
 
@@ -188,6 +193,12 @@ class GuardCLI(LightningCLI):
     def evaluators(self) -> list[Any]:
         """What judges the model: every axis that is not switched off."""
         return [judge for name in EVALUATORS if (judge := self.config_init.evaluate[name]) is not None]
+
+    @property
+    def accept(self) -> dict[str, Any]:
+        """What must hold of this arm in a comparison: limits by figure, those said later in place of earlier ones."""
+        said = [{"accept": part} for source in self.sources if (part := plain(source).get("accept", ...)) is not ...]
+        return merged(said).get("accept") or {}
 
     def place_of(self, key: str) -> str:
         """Where an option was said last."""

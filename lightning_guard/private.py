@@ -1,11 +1,12 @@
 """Answers to what guards ask of private data, over all examples once or over each step's."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_guard.functional.privacy import Deal, Queries, contributions, everyone
@@ -23,6 +24,7 @@ class PrivateSums:
         queries: the mechanism.
         booked: every query of the run by its name.
         deal: the batch of now.
+        rewriting: a context in which frozen weights may be written.
     """
 
     batch_size: int
@@ -34,9 +36,12 @@ class PrivateSums:
         queries: Queries,
         booked: Mapping[str, Query],
         deal: Callable[[], Deal],
+        rewriting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._run, self._queries, self._booked, self._deal = run, queries, booked, deal
         self._loader: DataLoader | None = None
+        self.rewriting = rewriting
+        self.masks: dict[Tensor, Tensor] = {}  # of weights held at zero in part, for the mechanism
 
     def planned(self, loader: DataLoader, batch_size: int, units: int) -> None:
         """The training data as the user gave them, and what the plan says of them."""
@@ -65,6 +70,10 @@ class PrivateSums:
     def open(self, name: str, size: int, take: Callable[[Tensor], None]) -> None:
         """Ask for a sum of every step."""
         self._queries.open(name, size, self._booked[name].noise, take)
+
+    def mask(self, weight: nn.Parameter, kept: Tensor) -> None:
+        """A weight is held at zero but where ``kept``: its gradient counts there alone."""
+        self.masks[weight] = kept.to(weight.device, weight.dtype).contiguous()
 
     def add(self, name: str, rows: Tensor) -> None:
         """Contribute to it."""

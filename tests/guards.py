@@ -44,7 +44,7 @@ GUARDS: dict[type[Guard], Row] = {
         reshapes=True,
     ),
     DPSGD: Row(
-        on=lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.5, test_seed=5),
+        on=lambda: DPSGD(delta=1e-3, noise_multiplier=0.2, max_grad_norm=0.5, test_seed=5),
         off=lambda: DPSGD(delta=1e-3, target_epsilon=math.inf),
     ),
     FairnessRegularization: Row(
@@ -83,7 +83,7 @@ GUARDS: dict[type[Guard], Row] = {
         off=lambda: PrivacyAudit(canaries=0),
     ),
     QuantizationAwareTraining: Row(
-        on=lambda: QuantizationAwareTraining(start=0.1, end=0.5),
+        on=lambda: QuantizationAwareTraining(start=0.1, end=0.5, range_noise=0.25),
         off=lambda: QuantizationAwareTraining(bits=None),
     ),
     RandomizedSmoothing: Row(

@@ -641,6 +641,7 @@ def test_what_decides_a_run_is_in_its_arm_and_nothing_else(compared, monkeypatch
 
 
 TWO = ["--arm", "none", "--arm", "pruning"]
+THREE = [*TWO, "--arm", "fairness"]
 SWEPT = ["--arm", "none", "--arm", "fairness", "--sweep"]
 
 
@@ -672,6 +673,13 @@ SWEPT = ["--arm", "none", "--arm", "fairness", "--sweep"]
             "--reference: nothing is named 'threshold_optimzer'; did you mean 'threshold_optimizer'?",
         ),
         ([*TWO, "--reference", "threshold_optimizer"], "--reference: there is no sweep of fairness to draw it beside"),
+        ([*TWO, "--combine", "pairs"], "--combine: 'pairs' needs more arms to combine than pruning; add --arm"),
+        ([*THREE, "--combine", "fours"], "--combine: 'fours' is no way to combine; give pairs, triples or all"),
+        ([*THREE, "--combine", "pairs:none"], "--combine: 'pairs:none' names no arm with safeguards; there are pru"),
+        (
+            [*THREE, "--combine", "pairs", "--sweep", "guards.fairness.steepness=1,2"],
+            "--combine and --sweep together multiply",
+        ),
     ],
 )
 def test_what_makes_no_comparison_is_refused(args, answer, compared, capsys):
@@ -715,6 +723,34 @@ def test_a_sweep_is_stated_once(more, answer, compared, capsys):
     code, _, err = said(capsys, "compare", *TOY, *SWEPT, "guards.fairness.steepness=1,2", *more)
     assert (code, compared) == (2, {})
     assert err == f"--sweep guards.fairness.steepness: {answer}"
+
+
+def test_arms_are_combined_and_what_is_refused_is_told_and_not_trained(compared):
+    args = [*TWO, "--arm=shared=weight-clustering", "--arm=rounded=quantization", "--combine", "pairs"]
+    args += ["--arm", "rounded+pruning=small", "--guards.quantization.start", "0.1"]
+    main(["compare", *TOY, *args])
+    told, argv = compared["combinations"], compared["argv"]
+    assert told["parts"] == ["pruning", "shared", "rounded"]
+    assert [one["parts"] for one in told["refused"]] == [["shared", "rounded"]]
+    assert "values that a layer shares part again" in told["refused"][0]["reasons"][0]
+    assert {tuple(one["parts"]): one["arm"] for one in told["arms"]} == {
+        ("pruning", "rounded"): "rounded+pruning",  # the arm that is named so
+        ("pruning", "shared"): "pruning+shared",
+    }
+    names = ["none", "pruning", "shared", "rounded", "rounded+pruning", "pruning+shared"]
+    assert list(compared["arms"]) == names
+    assert "distillation" in own_guards(compared["arms"]["rounded+pruning"].build([]))
+    assert own_guards(compared["arms"]["pruning+shared"].build([])) == {"magnitude_pruning", "weight_clustering"}
+    assert argv[-2:] == ["--worker", "--refused=shared+rounded"]
+    main(["compare", *TOY, *args, *argv[-2:]])  # a worker takes the same arms, and rehearses none
+    assert list(compared["arms"]) == names
+
+
+def test_an_arm_that_is_no_combination_and_refused_ends_the_comparison(compared, capsys):
+    args = ["--arm", "none", "--arm", "quantization+weight-clustering", "--arm", "pruning", "--arm", "fairness"]
+    code, _, err = said(capsys, "compare", *TOY, *args, "--combine", "pairs")
+    assert (code, compared) == (2, {})
+    assert err.startswith("arm quantization+weight-clustering: the guards cannot keep their promises here")
 
 
 def test_a_baseline_is_not_swept_and_names_differ(compared, capsys):

@@ -85,6 +85,12 @@ EXACT = {
     "dp_sgd, chunks": lambda: DPSGD(
         delta=1e-3, noise_multiplier=0.5, max_physical_batch_size=8, target_quantile=0.5, test_seed=3
     ),
+    "dp_sgd, beside others": lambda: [
+        DPSGD(delta=1e-3, noise_multiplier=0.2, max_grad_norm=0.3, test_seed=3),
+        FairnessRegularization(mode="group_dro", step_size=0.1, groups=[2], count_noise=2.0, rate_noise=0.6),
+        MagnitudePruning(sparsity=0.5, every=1, end=0.75, score="movement"),
+        QuantizationAwareTraining(start=0.25, end=0.75, range_noise=0.4),
+    ],
     "dp_sgd, by layer": lambda: DPSGD(delta=1e-3, noise_multiplier=0.5, clipping="per_layer", test_seed=3),
 }
 

@@ -82,16 +82,6 @@ class _Reshaping(Guard):
                 f"start={self.start} changes shapes in the middle of training, where DistributedDataParallel has laid "
                 "out the gradients of all weights; give start=0 and the checkpoint of a dense training"
             )
-        holders = [
-            guard.name
-            for guard in run.guards
-            if guard is not self and not guard.off and guard.phase in (Phase.REWRITE, Phase.GRADIENTS, Phase.WEIGHTS)
-        ]
-        if holders:
-            yield (
-                f"start={self.start} changes shapes in the middle of training, and {', '.join(holders)} hold what "
-                "belongs to each weight from its beginning; give start=0 and the checkpoint of a dense training"
-            )
 
     def prepare(self, run: Run) -> None:
         self._run, self._due, self._loaded, self._conflict, self._moved = run, not self.off, False, None, {}

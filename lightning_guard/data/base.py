@@ -23,7 +23,10 @@ Arrays = dict[str, np.ndarray]
 """The source arrays of a data set, named ``train_*`` and ``test_*``."""
 
 SPLIT_SEED = 20_170_825
-"""Seed of the split into train and validation: part of what the data is, so no option and no global state."""
+"""Seed of the split into train and validation: part of what the data is, so no option and no global state.
+
+``compare --resplit`` sets another one for every seed, as :attr:`TableData.split_seed`.
+"""
 
 
 class Rows(Sequence[tuple[Tensor, ...]]):
@@ -130,6 +133,8 @@ class TableData(pl.LightningDataModule):
     """
 
     license: str
+    split_seed: int = SPLIT_SEED
+    """Of the split into train and validation; to be set before the first rows are asked for."""
 
     def __init__(
         self,
@@ -195,7 +200,7 @@ class TableData(pl.LightningDataModule):
     @cached_property
     def _split(self) -> tuple[Table, Table]:
         table = self.table("train")
-        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.split_seed))
         held_out = int(len(table) * self.val_fraction)
         if not held_out:  # nothing to copy, which matters where rows are long
             return table, table.take(order[:0])

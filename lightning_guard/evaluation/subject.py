@@ -1,6 +1,6 @@
 """The finished model that evidence is about."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -48,9 +48,13 @@ class Subject:
         group_names: names of the groups, by their number; for several attributes a sequence of names for each.
         class_names: names of the classes, or of several labels, by their number.
         attribute_names: names of the attributes that the columns of the group are.
+        train: batches of the examples that the model was trained on, or why there are none; a loader that shuffles
+            will do, one that draws or augments will not.
+        privacy: what the training claims or shows of privacy, as :meth:`lightning_guard.guard.Guard.privacy` says it.
+        feature_names: names of the columns of a table.
 
     Raises:
-        ValueError: if ``loader`` can be read only once, or, when the first batch is needed, holds none.
+        ValueError: if ``loader`` or ``train`` can be read only once, or, when the first batch is needed, holds none.
 
     | case                                          | result                                                |
     |-----------------------------------------------|-------------------------------------------------------|
@@ -75,9 +79,14 @@ class Subject:
         group_names: Names | None = None,
         class_names: Sequence[str] | None = None,
         attribute_names: Sequence[str] | None = None,
+        train: Iterable[Any] | str = "the training examples are not given; give Subject(train=...)",
+        privacy: Mapping[str, Any] | None = None,
+        feature_names: Sequence[str] | None = None,
     ):
-        if isinstance(loader, Iterator):
-            raise ValueError(f"loader={type(loader).__name__} can be read only once; give a DataLoader or a list")
+        for name, given in (("loader", loader), ("train", train)):
+            if isinstance(given, Iterator):
+                raise ValueError(f"{name}={type(given).__name__} can be read only once; give a DataLoader or a list")
+        self.train, self.privacy, self.feature_names = train, dict(privacy or {}), feature_names
         self.module, self.loader = module, loader
         self.group_names, self.class_names, self.attribute_names = group_names, class_names, attribute_names
         self._run = Run(None, module, (), batch or Batch())  # type: ignore[arg-type]  # nobody trains here
@@ -134,6 +143,14 @@ class Subject:
         logits, target, group = (None if name in lacking else torch.cat(parts[name]) for name in parts)
         assert logits is not None  # nothing ever lacks them
         return Outputs(logits, target, group, lacking)
+
+    @cached_property
+    def trained(self) -> "Subject | None":
+        """The same model on what it was trained on; None if that is not known."""
+        if isinstance(self.train, str):
+            return None
+        names = self.group_names, self.class_names, self.attribute_names
+        return Subject(self.module, self.train, self._run.batch, *names, feature_names=self.feature_names)
 
     @property
     def kind(self) -> Kind:

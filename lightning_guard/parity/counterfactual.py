@@ -1,10 +1,9 @@
 """The same prediction for the same example with another attribute."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_guard.functional import stream
-from lightning_guard.functional.fairness import Census
 from lightning_guard.guard import GuardConflict, said
 from lightning_guard.parity.base import Mode, Seen
 
@@ -35,9 +34,6 @@ class Counterfactual(Mode):
         self.weight, self.seed = weight, seed
         self.found: float | Tensor = 0.0
 
-    def begin(self, module: nn.Module, census: Census) -> None:
-        self.several = census.several
-
     def term(self, seen: Seen) -> Tensor | None:
         step = seen.step
         inputs = said(step.module, "guard_counterfactual", step.inputs)
@@ -53,14 +49,19 @@ class Counterfactual(Mode):
                 f"guard_counterfactual gave logits of shape {tuple(other.shape)} for examples with logits of shape "
                 f"{tuple(seen.logits.shape)}; return one counterfactual an example, in their order"
             )
-        difference = self._probabilities(seen.logits) - self._probabilities(other.float())
+        target, counted = seen.target, seen.census.groups  # private targets are not looked at before
+        shaped = isinstance(target, Tensor) and target.dim() > 1 and target.shape[1] > 1
+        several = seen.census.several if counted else shaped
+        difference = _probabilities(seen.logits, several) - _probabilities(other.float(), several)
         found = difference.square().mean()
         self.found = found.detach()
         return self.weight * found
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        single = logits.dim() == 1 or logits.shape[1] == 1
-        return torch.sigmoid(logits) if single or self.several else torch.softmax(logits, 1)
-
     def figures(self) -> dict[str, float | Tensor]:
         return {"counterfactual": self.found}
+
+
+def _probabilities(logits: Tensor, several: bool) -> Tensor:
+    """Of one logit, or of several labels, each by itself; of classes together."""
+    single = logits.dim() == 1 or logits.shape[1] == 1
+    return torch.sigmoid(logits) if single or several else torch.softmax(logits, 1)

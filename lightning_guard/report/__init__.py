@@ -7,6 +7,7 @@ PosixPath('evidence/report.html')
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,33 +18,30 @@ from lightning_guard.report.document import ReportError
 __all__ = ["ReportError", "load_report", "write_report"]
 
 
-def write_report(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
+def write_report(results: Mapping[str, Any], folder: str | os.PathLike[str], publishable: bool = False) -> Path:
     """Writes ``report.json``, ``metrics.csv``, ``report.md`` and ``report.html`` and returns the page's path.
 
-    ``results`` follows ``schema.json`` beside this module; its ``summary``, ``checks`` and ``fronts`` are computed
-    here.
+    ``results`` follows ``schema.json`` beside this module; its ``summary``, ``checks``, ``claims``, ``gates`` and
+    ``fronts`` are computed here. ``publishable`` writes a second set into ``public/``, without what names examples.
     The same results give the same bytes. Each file is replaced in one step, the truth (``report.json``) first,
     so that a fault in a drawing cannot lose what was measured.
 
     Raises:
         ReportError: if ``results`` is not a version 1 comparison; names every problem, and nothing is written.
     """
-    from lightning_guard.report import document, front, html, markdown, summary, tables
+    from lightning_guard.report import document
+    from lightning_guard.report.computed import computed
+    from lightning_guard.report.rendered import renderings
 
-    report = document.prepare(results)
-    report["summary"] = summary.summarise(report)
-    report["checks"] = summary.checks(report)
-    report["fronts"] = front.fronts(report)
+    report = computed(document.prepare(results))
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    renderers = {
-        "report.json": document.dump,
-        "metrics.csv": tables.metrics,
-        "report.md": markdown.text,
-        "report.html": html.page,
-    }
-    for name, render in renderers.items():
-        document.write(place / name, render(report))
+    text = document.dump(report)
+    document.write(place / "report.json", text)
+    report = json.loads(text)  # in the order of the file, so that whoever draws it again draws the same
+    for name, text in renderings(report, place, publishable):
+        (place / name).parent.mkdir(exist_ok=True)
+        document.write(place / name, text)
     return place / "report.html"
 
 

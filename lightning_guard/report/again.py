@@ -1,7 +1,11 @@
 """A finished run brought back: the arm built anew, its model as training left it."""
 
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
 from lightning_guard.functional.reshaping import reshape_like
@@ -16,17 +20,31 @@ def rebuilt(run: ArmRun) -> Parts | None:
     made again. Whatever else training changed is not: whoever judges the model checks that it answers as it did.
     """
     trainer, module, data = run.arm.build([])
+    loaded = with_weights(trainer, module, run.folder / "weights.pt")
+    return None if loaded is None else (trainer, loaded, data)
+
+
+def with_weights(trainer: pl.Trainer, module: pl.LightningModule, path: Path) -> pl.LightningModule | None:
+    """A built module, rewritten as its guards do, with the weights of a file; None if they do not fit."""
+    try:
+        put_weights(trainer, module, torch.load(path, weights_only=True))
+    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError):  # keys or shapes that training changed
+        return None
+    return module
+
+
+def put_weights(trainer: pl.Trainer, module: pl.LightningModule, weights: Mapping[str, Any]) -> None:
+    """Rewrites a built module as its guards do and loads weights into it.
+
+    Raises:
+        RuntimeError: or ValueError, if they do not fit.
+    """
     module.configure_model()
     for guard in guards_of(trainer, module):
         if guard.overrides("rewrite"):
             guard.rewrite(module)
-    weights = torch.load(run.folder / "weights.pt", weights_only=True)
-    try:
-        reshape_like(module, weights)  # a guard may have taken channels out
-        module.load_state_dict(weights)
-    except (RuntimeError, ValueError):  # keys or shapes that training changed
-        return None
-    return trainer, module, data
+    reshape_like(module, weights)  # a guard may have taken channels out
+    module.load_state_dict(weights)
 
 
 def kept_tensors(run: ArmRun) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def assembled(
     title: str,
     command: str | None,
     matrices: Mapping[str, Any] | None = None,
+    resplit: bool = False,
 ) -> dict[str, Any]:
     def described(kind: str, values: tuple[str, ...]) -> dict[str, Any]:
         merged = {key: item for result in reversed(results) for key, item in result[kind].items()}
@@ -70,9 +71,11 @@ def assembled(
                 "test": data.get("rows", {}).get("test"),
             },
             "git": _git(),
+            "resplit": resplit,
         },
         "arms": [
             {"name": arm.name, "recipes": list(arm.recipes), "baseline": i == 0, "guards": guards.get(arm.name, [])}
+            | ({"trained": False} if arm.given is not None else {})
             | ({"sweep": dict(arm.sweep)} if arm.sweep else {})
             for i, arm in enumerate(arms)
         ],

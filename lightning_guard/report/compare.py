@@ -2,30 +2,34 @@
 
 import copy
 import os
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightning_guard.composition import told
 from lightning_guard.evaluation import EVALUATORS, Evaluator
 from lightning_guard.evaluation.references import REFERENCES
 from lightning_guard.guard import Guard, guards_of
-from lightning_guard.recipe import nearest
-from lightning_guard.report import load_report, write_report
+from lightning_guard.recipe import RecipeError, nearest
+from lightning_guard.report import load_report
+from lightning_guard.report.agreement import with_agreement
 from lightning_guard.report.assembly import assembled
 from lightning_guard.report.beside import references as beside
 from lightning_guard.report.beside import swept_fairness
+from lightning_guard.report.composed import collected
 from lightning_guard.report.described import described
+from lightning_guard.report.frames import Comparison
 from lightning_guard.report.front import recognised
+from lightning_guard.report.gates import asked_of
+from lightning_guard.report.given import Given, told_apart
+from lightning_guard.report.kept import finish, keep_arms
+from lightning_guard.report.matched import matched
 from lightning_guard.report.paired import changes
+from lightning_guard.report.processes import carry_out
 from lightning_guard.report.runs import Arm, ArmRun, Parts, card, describe, plain_text, sources_of
 from lightning_guard.report.transfer import transferred
 from lightning_guard.report.turned import with_flips
@@ -34,20 +38,24 @@ from lightning_guard.report.turned import with_flips
 def compare(
     module: Callable[[], pl.LightningModule],
     data: Callable[[], pl.LightningDataModule],
-    arms: Mapping[str, Sequence[pl.Callback]],
+    arms: Mapping[str, Sequence[pl.Callback] | Given],
     trainer: Mapping[str, Any] | None = None,
     seeds: int | Iterable[int] = 3,
     evaluators: Sequence[Evaluator] | None = None,
     folder: str | os.PathLike[str] = "comparison",
     title: str = "Guarded and unguarded models",
     references: Sequence[str] = (),
+    accept: Mapping[str, Any] | None = None,
+    resplit: bool = False,
 ) -> dict[str, Any]:
     """Train every arm on the same seeds, initial weights and data order, and write what each gained and cost.
 
     Args:
         module: makes the model; called after the seed is set, so that arms start from the same weights.
         data: makes the data.
-        arms: callbacks by arm; the first arm is the baseline, usually ``{"none": [], ...}``.
+        arms: callbacks by arm; the first arm is the baseline, usually ``{"none": [], ...}``. A model that is not
+            trained here is the path of its checkpoint, or a function from a seed to the model; ``{seed}`` in a path
+            stands for the seed, and what does not depend on it is judged with the first seed alone.
         trainer: options of the Trainer, the same for all arms.
         seeds: how many, or which.
         evaluators: what to measure; None is every axis there is.
@@ -56,6 +64,10 @@ def compare(
         title: of the report.
         references: methods of others to stand beside arms that differ in one option of the fairness guard:
             ``threshold_optimizer``, ``exponentiated_gradient``.
+        accept: what must hold of every arm but the baseline, by figure: ``{"task/accuracy": {"change": -0.02}}``, see
+            docs/comparison.md. What was found is under ``gates``.
+        resplit: split the training data into train and validation by seed, where the data module lets that be
+            chosen (``split_seed``).
 
     Returns:
         The content of ``report.json``; ``report.html``, ``report.md`` and ``metrics.csv`` lie beside it.
@@ -79,7 +91,10 @@ def compare(
 
         return build
 
-    described = {name: describe(own) for name, own in arms.items()}
+    own, given = told_apart(arms)
+    described = {
+        name: describe(callbacks) + (given[name].marks if name in given else []) for name, callbacks in own.items()
+    }
     model = module()
     common = [
         str(model),
@@ -89,10 +104,19 @@ def compare(
         describe(options.get("callbacks") or ()),
     ]
     compare_arms(
-        [Arm(name, building(own), {}, plain_text([common, described[name]])) for name, own in arms.items()],
-        range(seeds) if isinstance(seeds, int) else seeds, evaluators, folder, title, references=references
-    )  # fmt: skip
-    return load_report(folder)
+        [
+            Arm(name, building(callbacks), {}, plain_text([common, described[name]]), given=given.get(name))
+            for name, callbacks in own.items()
+        ],
+        range(seeds) if isinstance(seeds, int) else seeds,
+        evaluators,
+        folder,
+        title,
+        references=references,
+        accept={name: accept or {} for name in list(arms)[1:]},
+        resplit=resplit,
+    )
+    return Comparison(load_report(folder))
 
 
 def compare_arms(
@@ -106,6 +130,10 @@ def compare_arms(
     argv: Sequence[str] | None = None,
     worker: bool = False,
     references: Sequence[str] = (),
+    combinations: Mapping[str, Any] | None = None,
+    accept: Mapping[str, Mapping[str, Any]] | None = None,
+    resplit: bool = False,
+    publishable: bool = False,
 ) -> Path:
     """Train and judge what is not yet there, then write the report; the form under :func:`compare`.
 
@@ -120,6 +148,10 @@ def compare_arms(
         argv: the command that starts a further worker on the same comparison.
         worker: this process is such a worker: it takes runs until none is left, and writes no report.
         references: names of methods of others, see :func:`compare`.
+        combinations: which arms are ``parts``, which ``arms`` combine them, and which are ``refused``.
+        accept: by arm, what must hold of it, see :func:`lightning_guard.report.gates.rules`.
+        resplit: split train and validation by seed.
+        publishable: write what may leave the house into ``public/`` too.
 
     Returns:
         The path of ``report.html``.
@@ -132,13 +164,18 @@ def compare_arms(
     built = [arm.build([]) for arm in arms]  # before anything is trained: every arm can be
     judges = _evaluators(evaluators, [guard for parts in built for guard in guards_of(parts[0], parts[1])])
     shares_group = any(guard.needs_group for parts in built for guard in guards_of(parts[0], parts[1]))
+    asked = asked_of(accept or {}, [judge.name for judge in judges])
+    if resplit:
+        _check_resplit(built)
     arms = _with_sweeps(arms, built)
     _check(references, arms)
     sources = [sources_of(parts) for parts in built]
+    composition = collected({arm.name: told(guards_of(*parts[:2])) for arm, parts in zip(arms, built, strict=True)})
     runs = [
-        ArmRun(arm, seed, place, judges, shares_group, source)
+        ArmRun(arm, seed, place, judges, shares_group, source, resplit)
         for seed in seeds
         for arm, source in zip(arms, sources, strict=True)
+        if arm.given is None or seed == seeds[0] or getattr(arm.given, "seeded", True)
     ]
     if worker:
         del built
@@ -150,14 +187,31 @@ def compare_arms(
     del built
     for run in runs:
         run.unclaim()
-    _all(runs, workers, argv)
-    document = assembled(arms, seeds, with_flips(runs), title, command, transferred(runs))
+    carry_out(runs, workers, argv)
+    keep_arms(arms, place)
+    matrices = transferred(runs)  # first: it adds to the results, which the others copy
+    document = assembled(arms, seeds, with_agreement(runs, with_flips(runs)), title, command, matrices, resplit)
     if data is not None:
         document["data"] = data
     document["changes"] = [entry for entry in changes(runs) if entry["figure"] in document["figures"]]
+    document["matched"] = [entry for entry in matched(runs) if entry["figure"] in document["figures"]]
+    document["composition"] = composition
+    if combinations:
+        document["combinations"] = dict(combinations)
+    if asked:
+        document["accept"] = asked
     if references:
         document["references"] = beside(references, runs, place, Console(stderr=True).print)
-    return write_report(document, place)
+    return finish(document, place, publishable)
+
+
+def _check_resplit(built: Sequence[Parts]) -> None:
+    for _, _, data in built:
+        if not hasattr(data, "split_seed"):
+            raise RecipeError(
+                f"--resplit: {type(data).__name__} has no attribute split_seed, so its split into train and validation "
+                "cannot be chosen; give it one that the split depends on, or leave out --resplit"
+            )
 
 
 def _with_sweeps(arms: Sequence[Arm], built: Sequence[Parts]) -> list[Arm]:
@@ -187,79 +241,13 @@ def _check(references: Sequence[str], arms: Sequence[Arm]) -> None:
         )
 
 
-def _all(runs: Sequence[ArmRun], workers: int, argv: Sequence[str] | None) -> None:
-    missing = sum(run.result() is None for run in runs)
-    console = Console(stderr=True)
-    if missing < len(runs):
-        console.print(f"{len(runs) - missing} of {len(runs)} runs are already there and are kept.")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
-        TimeElapsedColumn(),
-    )
-    helpers: list[tuple[subprocess.Popen[bytes], Any]] = []  # with what each says, in a file: a full pipe would stop it
-    threads = torch.get_num_threads()
-    if argv is not None and min(workers, missing) > 1:
-        # Processes that each take every core wait for one another: the same work took twenty times as long.
-        share = max(1, min(threads, (os.cpu_count() or 1) // workers))
-        torch.set_num_threads(share)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(share)}
-        for _ in range(min(workers, missing) - 1):
-            said = tempfile.TemporaryFile()  # noqa: SIM115  closed below, with its process
-            helpers.append((subprocess.Popen([*argv], stdout=said, stderr=said, env=environment), said))
-    try:
-        with Progress(*columns, console=console, transient=False) as progress:
-            bar = progress.add_task("comparing", total=len(runs), completed=len(runs) - missing)
-            told = {run for run in runs if run.result() is not None}
-
-            def look(description: str | None = None) -> None:
-                for run in runs:
-                    if run not in told and (result := run.result()) is not None:
-                        told.add(run)
-                        console.print(f"{run.arm.name}, seed {run.seed}: {_headline(result)}")
-                progress.update(bar, completed=len(told), description=description)
-
-            for run in runs:
-                if run.result() is None and run.claim():
-                    look(f"{run.arm.name}, seed {run.seed}")
-                    run.carry_out(_Epochs(look, run))
-            while any(helper.poll() is None for helper, _ in helpers):
-                look("waiting for the other processes")
-                time.sleep(0.3)
-            look()
-        for helper, said in helpers:
-            if helper.returncode:
-                said.seek(0)
-                raise RuntimeError(
-                    f"a worker of the comparison failed:\n{said.read().decode(errors='replace')[-4000:]}"
-                )
-    except (KeyboardInterrupt, SystemExit):
-        console.print(
-            f"Interrupted. Finished runs are kept in {runs[0].folder.parent.parent}; the same command goes on."
-        )
-        raise KeyboardInterrupt from None
-    finally:
-        for helper, said in helpers:
-            helper.terminate()  # has ended by itself unless this process was stopped
-            helper.wait()
-            said.close()
-        torch.set_num_threads(threads)
-
-
-class _Epochs(pl.Callback):
-    """Tells the progress bar which epoch runs."""
-
-    def __init__(self, look: Callable[[str], None], run: ArmRun):
-        self.look, self.run = look, run
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.look(f"{self.run.arm.name}, seed {self.run.seed}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
-
-
 def _evaluators(stated: Sequence[Evaluator] | None, guards: Sequence[Guard]) -> list[Evaluator]:
     """The stated evaluators or all; robustness without an ``eps`` takes the threat that an arm trains against."""
-    judges = list(stated) if stated is not None else [make() for make in EVALUATORS.values()]
+    judges = (
+        list(stated)
+        if stated is not None
+        else [make() for make in EVALUATORS.values() if not getattr(make, "optional", False)]
+    )
     for what, size in (("threat", "eps"), ("noise", "sigma")):
         trained = [getattr(guard, what, None) for guard in guards]
         first = next((found for found in trained if getattr(found, size, None)), None)
@@ -267,8 +255,3 @@ def _evaluators(stated: Sequence[Evaluator] | None, guards: Sequence[Guard]) -> 
         if first is not None:
             judges = [getattr(judge, take)(first) if hasattr(judge, take) else judge for judge in judges]
     return judges
-
-
-def _headline(result: Mapping[str, Any]) -> str:
-    first = next((item for item in result["figures"].values() if item["value"] is not None), None)
-    return "finished" if first is None else f"{first['label'].lower()} {first['value']:.3f}"

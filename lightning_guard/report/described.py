@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_guard.evaluation import describe_groups
+from lightning_guard.evaluation import Evidence, Subject, describe_groups
 from lightning_guard.recipe import RecipeError
 from lightning_guard.report.runs import ArmRun, Parts, batch_of
 
@@ -27,8 +27,10 @@ def described(run: ArmRun, parts: Parts, place: Path) -> dict[str, Any] | None:
 
     | case                                       | result                           |
     |--------------------------------------------|----------------------------------|
-    | the batches have no group                  | None, and one batch is read      |
+    | the batches have no group                  | nothing of groups, and one batch is read |
     | several training loaders                   | None                             |
+    | drift is asked for                         | what :class:`~lightning_guard.evaluation.Drift` finds, too |
+    | neither                                    | None                             |
     | a ``population`` that does not fit         | a RecipeError, before training   |
     """
     path = place / "data.json"
@@ -54,12 +56,25 @@ def _described(run: ArmRun, parts: Parts) -> dict[str, Any] | None:
         data.setup("fit")
         loader = data.train_dataloader()
         loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
-        if isinstance(loader, Mapping | list) or not describe_groups(list(islice(loader, 1)), **options).figures:
+        if isinstance(loader, Mapping | list):
             return None
-        try:
-            found = describe_groups(loader, **options, population=getattr(data, "population", None))
-        except ValueError as error:
-            raise RecipeError(f"data: {error}") from error
+        found = Evidence()
+        if describe_groups(list(islice(loader, 1)), **options).figures:
+            try:
+                found = describe_groups(loader, **options, population=getattr(data, "population", None))
+            except ValueError as error:
+                raise RecipeError(f"data: {error}") from error
+        data.setup("test")
+        tested = data.test_dataloader()
+        tested = tested[0] if isinstance(tested, list) else tested
+        subject = Subject(
+            module, tested, **_spoken(options), train=loader, feature_names=getattr(data, "feature_names", None)
+        )
+        for judge in run.judges:
+            if getattr(judge, "once", False):
+                found |= judge.evaluate(subject)
+        if found == Evidence():
+            return None
     return {
         "figures": [
             {"key": key, **asdict(figure), "interval": found.intervals.get(key)}
@@ -68,3 +83,7 @@ def _described(run: ArmRun, parts: Parts) -> dict[str, Any] | None:
         "bars": [{"key": key, **asdict(bars)} for key, bars in found.bars.items()],
         "notes": found.notes,
     }
+
+
+def _spoken(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "min_support"}

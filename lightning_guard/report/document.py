@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lightning_guard.recipe import RecipeError
+
 VERSION = 1
 
 # Beyond this the differences and squares of two values leave the range of a float.
@@ -22,7 +24,7 @@ _LARGEST = 1e300
 _DIRECTION_MARKS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-class ReportError(ValueError):
+class ReportError(RecipeError):
     """A comparison that cannot be written or read as a report; names every problem at once."""
 
 
@@ -203,6 +205,13 @@ def _dangling(document: Mapping[str, Any]) -> Iterator[str]:
     for position, change in enumerate(document.get("changes", ())):
         yield from _unknown(f"changes[{position}].arm", [change["arm"]], names, "arms")
         yield from _unknown(f"changes[{position}].figure", [change["figure"]], document["figures"], "figures")
+    for row in document.get("composition", ()):
+        yield from _unknown("composition.arms", row["arms"], names, "arms")
+    together = document.get("combinations") or {"parts": [], "arms": [], "refused": []}
+    yield from _unknown("combinations.parts", together["parts"], names, "arms")
+    yield from _unknown("combinations.arms", [one["arm"] for one in together["arms"]], names, "arms")
+    for one in (*together["arms"], *together["refused"]):
+        yield from _unknown("combinations", one["parts"], together["parts"], "combinations.parts")
     references = document.get("references") or {"methods": {}, "runs": []}
     for position, run in enumerate(references["runs"]):
         here = f"references.runs[{position}]"

@@ -8,6 +8,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -86,12 +87,28 @@ def axes(figure: Figure, left: float, bottom: float, right: float, top: float) -
     return result
 
 
+_collecting: ContextVar[list[tuple[str, Figure]] | None] = ContextVar("collecting", default=None)
+
+
+@contextmanager
+def collected() -> Iterator[list[tuple[str, Figure]]]:
+    """Yields a list of the names and figures that are drawn inside, for who wants them in another form."""
+    found: list[tuple[str, Figure]] = []
+    token = _collecting.set(found)
+    try:
+        yield found
+    finally:
+        _collecting.reset(token)
+
+
 def to_svg(figure: Figure, name: str, description: str) -> str:
     """Returns ``figure`` as an ``<svg>`` element for the middle of a page.
 
     ``description`` is what a screen reader says. Identifiers get the prefix ``name``, because a page has many
     figures; the style sheet goes, because inside a page it would apply to the whole of it.
     """
+    if (found := _collecting.get()) is not None:
+        found.append((name, figure))
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(stream.getvalue())

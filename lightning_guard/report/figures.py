@@ -34,9 +34,13 @@ def of_axes(document: Mapping[str, Any]) -> dict[str, list[Picture]]:
     """Draws, for every axis, its bars, its curves, and the task's headline against its own."""
     pictures: dict[str, list[Picture | None]] = {}
     swept = {(front["x"], front["y"]) for front in document.get("fronts", ())}
+    from lightning_guard.report import rocs  # which draws by what is here
+
+    for axis in by_axis(document["curves"]):
+        pictures.setdefault(axis, []).append(rocs.roc(document, axis))
     for kind, draw in (("bars", bars), ("curves", curves)):
         for axis, keys in by_axis(document[kind]).items():
-            pictures.setdefault(axis, []).extend(draw(document, key) for key in keys)
+            pictures.setdefault(axis, []).extend(draw(document, key) for key in keys if not rocs.is_part(key))
     first: dict[str, str] = {}
     for key in headlines(document):
         first.setdefault(document["figures"][key]["axis"], key)

@@ -61,7 +61,8 @@ def data(document: Mapping[str, Any]) -> Data | None:
             (name, [(shown(bars["values"][i], bars["y_unit"]), "") for bars in columns])
             for i, name in enumerate(categories)
         ]
-        tables.append(Listing(["Group", *(bars["y_label"] or bars["label"] for bars in columns)], rows))
+        head = "Column" if all(bars["key"].startswith("drift/") for bars in columns) else "Group"
+        tables.append(Listing([head, *(bars["y_label"] or bars["label"] for bars in columns)], rows))
         about += [f"{bars['y_label'] or bars['label']}: {bars['about']}" for bars in columns if bars["about"]]
     return Data(tables, about, section["notes"])
 
@@ -76,6 +77,41 @@ def changes(document: Mapping[str, Any]) -> dict[str, list[Change | None]]:
         ]
         for key in dict.fromkeys(entry["figure"] for entry in document.get("changes", ()))
     }
+
+
+def matched(document: Mapping[str, Any]) -> Listing | None:
+    """Returns what each guarded arm gets right that the baseline does not, on the same examples, and the reverse."""
+    entries = document.get("matched", ())
+    if not entries:
+        return None
+    reference = baseline(document)
+    rows = [
+        (
+            entry["arm"],
+            [
+                (
+                    change(entry["difference"], "fraction"),
+                    between(*(change(end, "fraction") for end in entry["interval"])),
+                ),
+                (", ".join(f"{one['gained']:,}" for one in entry["seeds"]), ""),
+                (", ".join(f"{one['lost']:,}" for one in entry["seeds"]), ""),
+                (", ".join(_p(one["p"]).removeprefix("p ").removeprefix("= ") for one in entry["seeds"]), ""),
+            ],
+        )
+        for entry in entries
+    ]
+    heads = ["Accuracy on the same examples", f"Minus {reference}", "Only this arm right", f"Only {reference} right"]
+    return Listing([*heads, "McNemar p"], rows)
+
+
+def matched_reading(document: Mapping[str, Any]) -> str:
+    """Returns how to read that table."""
+    examples = max(entry["examples"] for entry in document["matched"])
+    return (
+        f"On {count(examples, 'test example')}. The difference is the mean over seeds with its 95% interval over the "
+        "examples (Bonett and Price); counts and p-values (McNemar, mid-p, not corrected) are of each seed in turn. "
+        "They say whether these trained models differ, not whether other seeds would."
+    )
 
 
 def reading(document: Mapping[str, Any]) -> str:
@@ -96,8 +132,12 @@ def _span(item: Mapping[str, Any]) -> str:
 
 def _change(entry: Mapping[str, Any]) -> Change:
     low, high = entry["interval"]
-    p = "p < 0.001" if entry["p"] < 0.001 else f"p = {entry['p']:.3f}".rstrip("0").rstrip(".")
+    p = _p(entry["p"])
     seeds = f"narrower in {entry['narrower']} of {count(entry['n'], 'seed')}" if entry["n"] > 1 else ""
     tone = "good" if high < 0 else "bad" if low > 0 else "plain"
     span = between(change(low, "fraction"), change(high, "fraction"))
     return Change(entry["arm"], change(entry["difference"], "fraction"), span, p, seeds, tone)
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}".rstrip("0").rstrip(".")

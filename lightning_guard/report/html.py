@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_guard.report import drawing, figures, front, groups, verdict, view
+from lightning_guard.report import composed, drawing, figures, front, groups, matrix, verdict, view
 from lightning_guard.report.summary import baseline
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+    from lightning_guard.report.sign import Signature
 
-def page(document: Mapping[str, Any]) -> str:
+
+def page(document: Mapping[str, Any], signatures: Sequence[Signature] = ()) -> str:
     """Returns ``report.html``: no network, no script, and every name escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -30,22 +32,33 @@ def page(document: Mapping[str, Any]) -> str:
         template.render(
             document=document,
             baseline=baseline(document),
-            caution=verdict.warning(document),
+            answers=verdict.answers(document),
+            caution=verdict.certainty(document),
             changes=groups.changes(document),
             changes_about=groups.reading(document),
+            combined=matrix.pictures(document),
+            combined_about=matrix.ABOUT,
+            combined_heads=matrix.heads(document) if document.get("combinations") else [],
+            combined_rows=matrix.rows(document, 3) if document.get("combinations") else [],
+            combined_refused=matrix.refused(document),
+            composition=composed.composition(document),
             data=groups.data(document),
             drawn=view.drawn(document),
             fronts=front.pictures(document),
             looks=drawing.looks(document),
+            matched=groups.matched(document),
+            matched_about=groups.matched_reading(document) if document.get("matched") else "",
             matrices=view.matrices(document),
             notes=view.notes(document),
             opening=view.opening(document),
+            outcome=verdict.outcome(document),
             overview=figures.overview(document),
             pictures=figures.of_axes(document),
             provenance=view.provenance(document),
             reading=view.reading(document),
             references=front.told(document),
             sections=view.sections(document),
+            signatures=signatures,
             verdicts=verdict.verdicts(document),
         )
         + "\n"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from lightning_guard.report import front, groups, view
+from lightning_guard.report import composed, front, groups, view
+from lightning_guard.report import matrix as together
 from lightning_guard.report.summary import baseline
-from lightning_guard.report.verdict import verdicts, warning
+from lightning_guard.report.verdict import answers, certainty, outcome, verdicts
+
+if TYPE_CHECKING:
+    from lightning_guard.report.sign import Signature
 
 # Everything that begins markup, HTML, or a link; an underscore inside a word begins nothing.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~#]|&(?=#?\w+;)|:(?=//)|(?<![^\W_])_|_(?![^\W_])")
 
 
-def text(document: Mapping[str, Any]) -> str:
+def text(document: Mapping[str, Any], signatures: Sequence[Signature] = ()) -> str:
     """Returns ``report.md``: the same verdicts and tables as the page, without its drawings."""
     lines = [f"# {plain(document['title'])}", "", plain(view.opening(document)), ""]
     lines += [f"> **Note.** {plain(check)}\n" for check in document["checks"]]
@@ -25,17 +29,23 @@ def text(document: Mapping[str, Any]) -> str:
         lines += [f"- {plain(line)}" for line in [*data.about, *data.notes]]
         lines.append("")
     lines += ["## Verdict", ""]
+    if document["gates"]:
+        asked = [(gate.arm, gate.state, gate.asked, gate.found) for gate in answers(document)]
+        lines += [plain(outcome(document)), "", *_table(("Arm", "Answer", "Asked", "Found"), asked), ""]
     for verdict in verdicts(document):
         lines.append(f"- **{plain(verdict.arm)}**: {plain(' '.join(verdict.promises))}")
+        lines += [f"  - {plain(told)}" for told in verdict.told]
         for heading, _, items in verdict.findings:
             lines.append(f"  - {plain(heading)}: {plain('; '.join(map(str, items)))}")
         lines.append(f"  - {plain(verdict.tally)}")
-    lines += ["", plain(warning(document)), ""]
+    lines += ["", plain(certainty(document)), ""]
     for section in view.sections(document):
         if section.rows:
             lines += [f"## {plain(section.title)}", "", *_axis(section, document), ""]
             lines += [f"- {plain(row.label)}: {plain(row.about)}" for row in section.rows if row.about]
             lines.append("")
+        if section.axis == "task" and (same := groups.matched(document)) is not None:
+            lines += [*_table(same.heads, same.texts), "", plain(groups.matched_reading(document)), ""]
         if section.axis == "fairness" and (changes := groups.changes(document)):
             lines += ["**Change of group gaps on the same examples.** " + plain(groups.reading(document)), ""]
             heads = [arm["name"] for arm in document["arms"] if not arm["baseline"]]
@@ -54,6 +64,15 @@ def text(document: Mapping[str, Any]) -> str:
             rows = [(arm, *(text for text, _ in row)) for arm, row in zip(matrix.arms, matrix.cells, strict=True)]
             lines += [f"**{plain(matrix.label)}.** {plain(matrix.about)}", ""]
             lines += [*_table((f"{matrix.row_label} / {matrix.column_label}", *matrix.arms), rows), ""]
+    if document.get("combinations"):
+        lines += ["## Combinations", "", plain(together.COMPARED), ""]
+        lines += [*_table(together.heads(document), together.rows(document)), ""]
+        lines += [f"- {plain(name)}, refused: {plain('; '.join(why))}" for name, why in together.refused(document)]
+        lines.append("")
+    if met := composed.composition(document):
+        lines += ["## Composition", ""]
+        rows = [(row.together, row.verdict, "; ".join(filter(None, (row.why, row.then))), row.source) for row in met]
+        lines += [*_table(("Together", "Verdict", "Why, and what then", "Known from"), rows), ""]
     lines += ["## Arms", ""]
     for arm in document["arms"]:
         lines.append(f"- **{plain(arm['name'])}**" + (" (baseline)" if arm["baseline"] else ""))
@@ -62,7 +81,12 @@ def text(document: Mapping[str, Any]) -> str:
             lines.append(f"  - {plain(guard['name'])}: {plain(options or 'defaults')}")
     lines += ["", "## Provenance", ""]
     lines += _table(("", ""), [(label, value) for label, value, _ in view.provenance(document)])
+    signed = [
+        f"{one.name}, {one.time}: {one.note or 'no note'} ({one.sha256}{'' if one.holds else ', NO LONGER HOLDS'})"
+        for one in signatures
+    ]
     for heading, lists in (
+        ("Signed", signed),
         ("Notes from the runs", [f"{note} ({where})" for note, where in view.notes(document)]),
         ("What this evidence cannot show", document["limits"]),
     ):

@@ -15,11 +15,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from lightning_guard import __version__
 from lightning_guard.batch import Batch
 from lightning_guard.evaluation import Evaluator, Evidence, Figure, Subject
 from lightning_guard.guard import Guard, callbacks_of, guards_of
+from lightning_guard.report import predictions
+from lightning_guard.report.logged import log_evidence
+from lightning_guard.report.members import trained_on
 from lightning_guard.report.witness import Withholding, Witness
 
 Parts = tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]
@@ -37,6 +41,8 @@ class Arm:
         config: text that changes whenever the arm does; with the seed it decides whether a finished run is reused.
         sweep: for an arm that stands for one value of a sweep: its ``key``, its ``value``, the arm that it is one
             ``of``, and ``also``, the keys and values of further sweeps.
+        texts: the recipes it is made of, in full.
+        given: for a model that is not trained here: makes it of the built trainer and module and the seed.
     """
 
     name: str
@@ -44,17 +50,27 @@ class Arm:
     recipes: Mapping[str, str] = field(default_factory=dict)
     config: str = ""
     sweep: Mapping[str, Any] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    given: Callable[[pl.Trainer, pl.LightningModule, int], nn.Module] | None = None
 
 
 class ArmRun:
     """One arm on one seed: carried out once, then read from its folder."""
 
-    def __init__(self, arm: Arm, seed: int, place: Path, judges: Sequence[Evaluator], shares_group: bool, source: str):
-        self.arm, self.seed, self.judges, self.shares_group = arm, seed, judges, shares_group
-        slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", arm.name)[:40]
-        slug = slug if slug == arm.name and not slug.startswith(".") else f"{slug}-{sha256(arm.name)[:8]}".lstrip(".")
-        self.folder = place / "runs" / slug / f"seed-{seed}"
+    def __init__(
+        self,
+        arm: Arm,
+        seed: int,
+        place: Path,
+        judges: Sequence[Evaluator],
+        shares_group: bool,
+        source: str,
+        resplit: bool = False,
+    ):
+        self.arm, self.seed, self.judges, self.shares_group, self.resplit = arm, seed, judges, shares_group, resplit
+        self.folder = place / "runs" / slug_of(arm.name) / f"seed-{seed}"
         parts = [arm.config, source, seed, [describe([judge]) for judge in judges], versions()]
+        parts += ["split by seed"] if resplit else []
         self.fingerprint = sha256(plain_text(parts))
         self._result: dict[str, Any] | None = None
 
@@ -85,20 +101,38 @@ class ArmRun:
         trainer, module, data = self.arm.build([witness, progress, *reading])
         guards = [guard for guard in guards_of(trainer, module) if not isinstance(guard, Withholding)]
         batch = batch_of(trainer, module)
-        trainer.fit(module, datamodule=data)
+        model: nn.Module = module
+        if self.resplit:
+            setattr(data, "split_seed", self.seed)  # noqa: B010  a data module need not have one
+        if self.arm.given is None:
+            trainer.fit(module, datamodule=data)
+        else:
+            model = self.arm.given(trainer, module, self.seed)
+            data.prepare_data()
+            data.setup("fit")
         data.setup("test")
         loader = data.test_dataloader()
         subject = Subject(
-            module,
+            model,
             loader[0] if isinstance(loader, list) else loader,
             batch=batch,
             group_names=getattr(data, "group_names", None),
             attribute_names=getattr(data, "attribute_names", None),
             class_names=getattr(data, "class_names", None),
+            feature_names=getattr(data, "feature_names", None),
+            train=trained_on(trainer, data) if self.arm.given is None else "the model was not trained here",
+            privacy={key: value for guard in guards for key, value in guard.privacy().items()},
         )
-        told = Evidence(notes=[f"{guard.name}: {note}" for guard in guards for note in guard.notes()])
-        evidence = reduce(or_, [*(judge.evaluate(subject) for judge in self.judges), _cost(witness, module), told])
-        torch.save(module.state_dict(), self.folder / "weights.pt")
+        if self.arm.given is None:
+            notes = [f"{guard.name}: {note}" for guard in guards for note in guard.notes()]
+            told = _cost(witness, module) | Evidence(notes=notes)
+        else:
+            told = Evidence(notes=["The model was not trained here: what it was trained on and how is not known."])
+        judges = [judge for judge in self.judges if not getattr(judge, "once", False)]  # those are of the data alone
+        evidence = reduce(or_, [*(judge.evaluate(subject) for judge in judges), told])
+        log_evidence(evidence, trainer.loggers, trainer.global_step)
+        torch.save(model.state_dict(), self.folder / "weights.pt")
+        predictions.save(subject, self.folder)
         torch.save(evidence.tensors, self.folder / "tensors.pt")
         evidence.tensors = {}
         result = {
@@ -106,15 +140,24 @@ class ArmRun:
             "arm": self.arm.name,
             "seed": self.seed,
             **asdict(evidence),
+            "evaluators": [[judge.name, *describe([judge])[0]] for judge in self.judges],
+            "names": {name: getattr(subject, name) for name in predictions.NAMES},
+            "trained": self.arm.given is None,
             "guards": [card(guard) for guard in guards],
-            "initial_weights_sha256": witness.initial_weights,
-            "data_order_sha256": witness.data_order,
+            "initial_weights_sha256": witness.initial_weights or None,
+            "data_order_sha256": witness.data_order if witness.batches else None,
             "data": data.provenance() if hasattr(data, "provenance") else {"name": type(data).__name__},
         }
         temporary = self.folder / "result.json.part"
         temporary.write_text(json.dumps(result, indent=1, default=str))  # unsorted: the first figure leads
         temporary.replace(self.folder / "result.json")  # whole or not at all
         self.unclaim()
+
+
+def slug_of(name: str) -> str:
+    """The name of an arm as that of a folder: harmless, short, and no two alike."""
+    slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name)[:40]
+    return slug if slug == name and not slug.startswith(".") else f"{slug}-{sha256(name)[:8]}".lstrip(".")
 
 
 def batch_of(trainer: pl.Trainer, module: pl.LightningModule) -> Batch:
@@ -130,7 +173,7 @@ def card(guard: Guard) -> dict[str, Any]:
 
 def _cost(witness: Witness, module: pl.LightningModule) -> Evidence:
     clock = "Processor" if module.device.type == "cpu" else "Clock"
-    return Evidence(
+    counted = Evidence(
         {
             "cost/train_seconds": Figure(
                 witness.seconds,
@@ -149,6 +192,7 @@ def _cost(witness: Witness, module: pl.LightningModule) -> Evidence:
             "cost/steps": Figure(float(witness.steps), "Optimizer steps", "count", None, "Of the whole training."),
         }
     )
+    return counted | witness.machine
 
 
 def describe(objects: Iterable[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the seeds say: per arm, and paired with the baseline. No significance is claimed.
+"""What the seeds say: per arm, and paired with the baseline. Nothing is claimed here, see claims.
 
 Pure functions on a normalised document (see :mod:`lightning_guard.report.document`).
 """
@@ -10,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-AXES = ("task", "robustness", "certificate", "fairness", "efficiency", "cost")
+AXES = ("task", "privacy", "robustness", "certificate", "fairness", "explanation", "efficiency", "cost")
+
+FEWEST_SHOWN = 3  # seeds: an interval of two is twenty times as wide as what it is of
 
 # Recorded hash, what is wrong when it differs, what is unknown when it is absent.
 _SHARED = (
@@ -23,7 +25,8 @@ def summarise(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns one entry a figure and arm, in the order of display.
 
     ``mean``, ``sd`` (of a sample, n - 1), ``min`` and ``max`` are over the ``n`` seeds with a value.
-    ``paired`` is this arm minus the baseline on the seeds where both have one; ``None`` for the baseline.
+    ``paired`` is this arm minus the baseline on the seeds where both have one, with the 95% interval of its mean over
+    seeds from three of them on; ``None`` for the baseline.
 
     | edge case                       | result                                               |
     |---------------------------------|------------------------------------------------------|
@@ -32,23 +35,20 @@ def summarise(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     | no seed with a value in both    | ``paired`` with ``n`` 0, word "not measured"         |
     | no arm is the baseline          | ``paired`` ``None`` for all                          |
     """
-    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for run in document["runs"]:
-        for figure, value in run["values"].items():
-            if value is not None:
-                values[figure, run["arm"]][run["seed"]] = value
+    from lightning_guard.functional.statistics import student_interval
 
+    found = _by_run(document)
     reference = baseline(document)
     entries = []
     for figure in in_order(document["figures"]):
         for arm in document["arms"]:
-            mine = values[figure, arm["name"]]
+            mine = found[figure, arm["name"]]
             sample = [mine[seed] for seed in sorted(mine)]
             paired = None
             if reference is not None and arm["name"] != reference:
-                theirs = values[figure, reference]
-                differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-                paired = _paired(differences, document["figures"][figure]["better"])
+                apart = _apart(mine, found[figure, reference])
+                interval = student_interval(apart) if len(apart) >= FEWEST_SHOWN else None
+                paired = _paired(apart, document["figures"][figure]["better"], interval)
             entries.append(
                 {
                     "figure": figure,
@@ -89,28 +89,32 @@ def word(differences: Sequence[float], better: str | None) -> str:
     return "seeds disagree"
 
 
-def smallest_p(seeds: int) -> float:
-    """Returns the smallest two-sided p-value of a sign-flip test on ``seeds`` pairs: ``2 / 2^n``, at most 1.
+def values(document: Mapping[str, Any], figure: str, arm: str) -> dict[int, float]:
+    """Returns the values of a figure of an arm, by seed."""
+    return {
+        run["seed"]: run["values"][figure]
+        for run in sorted(document["runs"], key=lambda run: run["seed"])
+        if run["arm"] == arm and run["values"].get(figure) is not None
+    }
 
-    >>> smallest_p(3), smallest_p(6)
-    (0.25, 0.03125)
-    """
-    return min(1.0, 2.0 / 2.0**seeds)
+
+def differences(document: Mapping[str, Any], figure: str, arm: str) -> list[float]:
+    """Returns an arm minus the baseline, in the order of the seeds that have a value in both."""
+    reference = baseline(document)
+    return [] if reference is None else _apart(values(document, figure, arm), values(document, figure, reference))
 
 
-def caution(seeds: int) -> str:
-    """Returns the sentence that says what ``seeds`` paired seeds cannot show."""
-    count = f"{seeds} seed{'' if seeds == 1 else 's'}"
-    p = smallest_p(seeds)
-    if p > 0.05:
-        return (
-            f"No significance is claimed: with {count}, a two-sided sign-flip test cannot give a p-value below {p:.3g}."
-        )
-    return (
-        f"No significance is claimed: the words only say whether every seed agrees. With {count}, a "
-        f"two-sided sign-flip test of one figure could at best give a p-value of {p:.2g}, before any "
-        "correction for the number of figures."
-    )
+def _apart(mine: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def _by_run(document: Mapping[str, Any]) -> dict[tuple[str, str], dict[int, float]]:
+    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for run in document["runs"]:
+        for figure, value in run["values"].items():
+            if value is not None:
+                found[figure, run["arm"]][run["seed"]] = value
+    return found
 
 
 def checks(document: Mapping[str, Any]) -> list[str]:
@@ -184,12 +188,13 @@ def by_axis(described: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     return groups
 
 
-def _paired(differences: Sequence[float], better: str | None) -> dict[str, Any]:
+def _paired(differences: Sequence[float], better: str | None, interval: tuple[float, float] | None) -> dict[str, Any]:
     return {
         "n": len(differences),
         "mean": statistics.fmean(differences) if differences else None,
         "lowest": min(differences, default=None),
         "highest": max(differences, default=None),
+        "interval": list(interval) if interval else None,
         "word": word(differences, better),
     }
 

@@ -155,8 +155,9 @@ def reading(document: Mapping[str, Any]) -> str:
     words = "Mean \u00b1 standard deviation over seeds." if _seeds(document) > 1 else "One seed."
     if baseline(document) is not None and len(document["arms"]) > 1:
         words += (
-            f" Below it, the difference from {baseline(document)}, paired by seed: mean, lowest to highest, "
-            "and what the seeds say."
+            f" Below it, the difference from {baseline(document)}, paired by seed: mean, its 95% interval over seeds "
+            "(from three seeds on, else lowest to highest), and whether the seeds agree, which is no claim: what is "
+            "claimed stands in the verdict."
         )
     if any(pair for run in document["runs"] for pair in run["intervals"].values()):
         words += " Test set: what 95% of samples of test examples would give, lowest to highest over the seeds."
@@ -272,7 +273,9 @@ def _cell(entry: Mapping[str, Any], figure: Mapping[str, Any], seeds: int, inter
         spread = f"{spread}, " * bool(spread) + f"{entry['n']} of {seeds} seeds"
     if paired is None or not paired["n"]:
         return Cell(entry["arm"], value, spread, interval, "", "", "", "", doubt)
-    difference, *ends = (change(paired[key], unit, like=entry["mean"]) for key in ("mean", "lowest", "highest"))
+    difference = change(paired["mean"], unit, like=entry["mean"])
+    span = paired["interval"] or (paired["lowest"], paired["highest"])
+    ends = [change(end, unit, like=entry["mean"]) for end in span]
     return Cell(
         entry["arm"],
         value,

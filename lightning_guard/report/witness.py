@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_guard.evaluation import Evidence
+from lightning_guard.evaluation.cost import Meter
 from lightning_guard.guard import Guard, Phase, Trait
 
 
@@ -21,10 +23,12 @@ class Witness(pl.Callback):
         seconds: time of the training loop, validation included; of the processor on a CPU, else of the clock.
         passes: forward passes per training batch.
         steps: optimizer steps.
+        machine: memory and energy, where the machine tells.
     """
 
     def __init__(self) -> None:
         self.initial_weights = ""
+        self.machine = Evidence()
         self.seconds = 0.0
         self.steps = self.batches = self._forwards = 0
         self._order = hashlib.sha256()
@@ -52,6 +56,7 @@ class Witness(pl.Callback):
 
             self._hook = layer.register_forward_pre_hook(count)
         self._clock = time.process_time if pl_module.device.type == "cpu" else time.perf_counter
+        self._meter = Meter(pl_module.device)
         self._began = self._clock()
 
     def on_train_batch_start(
@@ -62,8 +67,12 @@ class Witness(pl.Callback):
             # A sample of large batches: enough to tell one order from another, cheap enough not to count as cost.
             self._order.update(_bytes(part.flatten()[:: max(1, part.numel() // 1024)]))
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._meter.look()  # before a counter runs over twice
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds = self._clock() - self._began
+        self.machine = self._meter.evidence()
         self.steps = trainer.global_step
         self._remove()
 

@@ -252,8 +252,8 @@ def test_off_it_asks_nothing():
         (lambda: fair(groups=None), "which groups there are tells who is in the data"),
         (lambda: fair("calibration"), "values without a bound"),
         (lambda: FairnessRegularization(mode="penalty"), "changes what others contribute"),
-        (lambda: FairnessRegularization(mode="group_dro"), "changes what others contribute"),
-        (lambda: FairnessRegularization(mode="counterfactual"), "without noise"),
+        (lambda: FairnessRegularization(mode="group_dro"), "which groups there are tells who is in the data"),
+        (lambda: FairnessRegularization(mode="mmd"), "changes what others contribute"),
     ],
 )
 def test_what_has_no_private_form_is_refused(guard, message):

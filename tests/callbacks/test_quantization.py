@@ -144,13 +144,13 @@ def test_batch_norm_without_a_forward_is_refused_before_training():
 
 
 def test_traits_follow_what_is_read():
-    assert guard().traits == {Trait.REMEMBERS_DATA}
+    assert guard().traits == {Trait.QUERIES_DATA}
     assert guard(scheme="lsq", activation_bits=None).traits == {Trait.REMEMBERS_DATA}
     for options in ({"activation_bits": None}, {"ranges": (0.0, 1.0)}):
         assert guard(**options).traits == {Trait.POST_PROCESSING}
     private = DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.5, test_seed=5)
     with pytest.raises(GuardConflict, match="statistics of private data"):
-        fit([private, guard()], lambda: PlainNet(norm=False))
+        fit([private, guard(scheme="lsq")], lambda: PlainNet(norm=False))
     for options in ({"activation_bits": None}, {"ranges": (-4.0, 4.0)}):
         private = DPSGD(delta=1e-3, noise_multiplier=0.5, max_grad_norm=0.5, test_seed=5)
         assert on_grid(fit([private, guard(**options)], lambda: PlainNet(norm=False)))

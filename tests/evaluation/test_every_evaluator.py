@@ -11,16 +11,31 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
-from lightning_guard.evaluation import EVALUATORS, Certificate, Efficiency, Fairness, Robustness, Subject, Task
+from lightning_guard.evaluation import (
+    EVALUATORS,
+    Certificate,
+    Drift,
+    Efficiency,
+    Explanation,
+    Fairness,
+    Privacy,
+    Robustness,
+    Subject,
+    Task,
+)
 from tests import toys
 
 JUDGES = {
     "task": Task,
+    "privacy": Privacy,
     "robustness": lambda: Robustness(eps=0.05, steps=3, examples=40, bounds=(0.0, 1.0)),
     "certificate": lambda: Certificate(sigma=0.1, samples=20, selection=5, examples=8),
     "fairness": lambda: Fairness(replicates=50),
+    "explanation": lambda: Explanation(examples=8, steps=4),
     "efficiency": lambda: Efficiency(latency=False),
+    "drift": lambda: Drift(most=50),
 }
 every = pytest.mark.parametrize("name", JUDGES)
 
@@ -45,7 +60,8 @@ def finished(form: str = "triple", **kwargs: Any) -> Subject:
     module.accuracy(torch.randn(5, toys.CLASSES), torch.randint(toys.CLASSES, (5,)))
     for p in module.parameters():
         p.grad = torch.full_like(p, 3.0)
-    return Subject(module, toys.loader(form, **kwargs))
+    others = Subset(toys.Rows(form, 2 * toys.ROWS), range(toys.ROWS, 2 * toys.ROWS))
+    return Subject(module, toys.loader(form, **kwargs), train=DataLoader(others, 16))
 
 
 def trace(module: nn.Module) -> dict[str, Any]:
@@ -131,7 +147,7 @@ def test_repeated_and_in_inference_mode_it_says_the_same(name):
         assert JUDGES[name]().evaluate(subject) == first
         batches = [[part.clone() for part in batch] for batch in toys.loader(shuffle=False)]
         assert batches[0][0].is_inference()
-        inside = JUDGES[name]().evaluate(Subject(subject.module, batches))
+        inside = JUDGES[name]().evaluate(Subject(subject.module, batches, train=subject.train))
     assert inside == JUDGES[name]().evaluate(finished(shuffle=False))
 
 
@@ -161,7 +177,7 @@ def test_what_it_says_is_plain(name):
 def test_any_form_of_batch_will_do(name, form):
     evidence = JUDGES[name]().evaluate(finished(form))
     lacks = form == "tensor" or (form == "pair" and name == "fairness")
-    assert bool(evidence.figures) is (name == "efficiency" or not lacks)
+    assert bool(evidence.figures) is (name in ("efficiency", "drift") or not lacks)
     if not evidence.figures:
         assert len(evidence.notes) == 1
 
@@ -185,7 +201,11 @@ def test_it_is_made_from_a_file(name):
 
 
 def test_there_is_one_an_axis():
-    assert list(EVALUATORS) == ["task", "robustness", "certificate", "fairness", "efficiency"] == list(JUDGES)
+    assert (
+        list(EVALUATORS)
+        == ["task", "privacy", "robustness", "certificate", "fairness", "explanation", "efficiency", "drift"]
+        == list(JUDGES)
+    )
 
 
 def test_together_they_read_the_model_once():

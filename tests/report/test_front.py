@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_guard.report import ReportError, document, front, html, load_report, markdown, write_report
+from lightning_guard.report.computed import computed
 from lightning_guard.report.front import fronts, recognised
-from lightning_guard.report.summary import summarise
 from tests.report.example import HOSTILE, comparison
 from tests.report.test_page import check
 
@@ -36,10 +36,7 @@ def swept(pairs, seeds=1, names=None):
 
 
 def finished(results):
-    report = document.prepare(results)
-    report["summary"], report["checks"] = summarise(report), []
-    report["fronts"] = fronts(report)
-    return report
+    return computed(document.prepare(results)) | {"checks": []}
 
 
 def references():

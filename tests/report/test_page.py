@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 
 from lightning_guard.report import document as documents
-from lightning_guard.report import drawing, html, marks, summary
+from lightning_guard.report import drawing, html, marks
+from lightning_guard.report.computed import computed
 from tests.report.example import HOSTILE, comparison
 
 VOID = {"meta", "wbr"}
@@ -47,9 +48,7 @@ class Page(HTMLParser):
 
 
 def page(results):
-    report = documents.prepare(results)
-    report["summary"], report["checks"] = summary.summarise(report), summary.checks(report)
-    return html.page(report)
+    return html.page(computed(documents.prepare(results)))
 
 
 def check(text):
@@ -180,9 +179,11 @@ def test_the_verdict_tells_gain_from_cost():
             "cost/time": 73.2 if guarded else 12.0,
         }
     words = " ".join(" ".join(check(page(results)).words).split())
-    assert "Keeps its promise. Gained in every seed Accuracy under PGD 2.0% → 71.0% +69.0 pts Paid" in words
-    assert "Paid in every seed Accuracy 87.2% → 84.1% −3.1 pts Training time 12.0 s → 1 min 13 s 6.1 times" in words
-    assert "Of all 5 figures compared: 1 better, 2 worse, 1 unchanged, 1 undecided." in words
+    assert "Inconclusive, better in every seed Accuracy under PGD 2.0% → 71.0% +69.0 pts (+69.0 pts), about 6" in words
+    assert "Inconclusive, worse in every seed Accuracy 87.2% → 84.1% −3.1 pts (−3.1 pts), about 6 seeds" in words
+    assert "Training time 12.0 s → 1 min 13 s 6.1 times" in words
+    said = "1 better in every seed, 2 worse in every seed, 1 unchanged, 1 undecided."
+    assert f"All 5 figures, described and not claimed: {said}" in words
     assert "cannot give a p-value below 0.25" in words
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from lightning_guard.report import document as documents
-from lightning_guard.report.summary import caution, checks, headlines, in_order, smallest_p, summarise, word
+from lightning_guard.report.summary import checks, headlines, in_order, summarise, word
 from tests.report.example import comparison, digest
 
 NUMBER = st.one_of(st.none(), st.floats(-1e6, 1e6, allow_nan=False), st.integers(-5, 5))
@@ -50,6 +51,11 @@ def test_statistics_are_those_of_numpy(table, better):
     if len(differences):
         assert paired["mean"] == pytest.approx(differences.mean(), rel=1e-9, abs=1e-6)
         assert (paired["lowest"], paired["highest"]) == (differences.min(), differences.max())
+    if len(differences) < 3:
+        assert paired["interval"] is None
+    else:
+        own = stats.t.interval(0.95, len(differences) - 1, differences.mean(), stats.sem(differences) or 1e-300)
+        assert paired["interval"] == pytest.approx(list(own), rel=1e-6, abs=1e-6)
     signs = {int(sign) for sign in np.sign(differences)}
     expected = {0: "not measured", 1: "one seed"}.get(len(differences)) or (
         "same" if signs == {0} else
@@ -83,15 +89,6 @@ def test_without_a_baseline_nothing_is_compared():
     assert all(entry["paired"] is None for entry in summary(results).values())
 
 
-@pytest.mark.parametrize("n", range(1, 9))
-def test_the_smallest_p_counts_sign_flips(n):
-    # The statistic of all-agreeing differences is matched or passed by two of the 2^n sign patterns.
-    flips = [sum(1 if pattern >> i & 1 else -1 for i in range(n)) for pattern in range(2**n)]
-    assert smallest_p(n) == sum(abs(flip) >= n for flip in flips) / 2**n
-    assert f"{n} seed" in caution(n)
-    assert "No significance is claimed" in caution(n)
-
-
 def test_shared_hashes_leave_no_line():
     assert checks(documents.prepare(comparison())) == []
 
@@ -117,11 +114,11 @@ def test_a_missing_run_is_a_line():
 
 def test_axes_have_their_places_and_unknown_ones_follow():
     results = comparison()
-    spec = {"label": "Epsilon", "unit": "ratio", "better": "lower", "about": "PRV."}
-    results["figures"] = {"privacy/epsilon": {"axis": "privacy", **spec}, **dict(reversed(results["figures"].items()))}
+    spec = {"label": "Doubt", "unit": "ratio", "better": "lower", "about": "Unheard of."}
+    results["figures"] = {"doubt/much": {"axis": "doubt", **spec}, **dict(reversed(results["figures"].items()))}
     prepared = documents.prepare(results)
     axes = [prepared["figures"][key]["axis"] for key in in_order(prepared["figures"])]
-    assert axes == ["task", "robustness", "fairness", "efficiency", "cost", "privacy"]
+    assert axes == ["task", "robustness", "fairness", "efficiency", "cost", "doubt"]
 
 
 def test_headlines_are_chosen_without_looking_at_the_values():

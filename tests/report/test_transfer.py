@@ -13,8 +13,9 @@ from torch import nn
 
 import lightning_guard as lg
 from lightning_guard.callbacks import AdversarialTraining, FeatureSqueezing, MagnitudePruning
-from lightning_guard.evaluation import Bars, Evidence, Figure, Robustness, Subject
-from lightning_guard.report import ReportError, document, html, load_report, markdown, summary, write_report
+from lightning_guard.evaluation import Bars, Efficiency, Evidence, Figure, Robustness, Subject, Task
+from lightning_guard.report import ReportError, document, html, load_report, markdown, write_report
+from lightning_guard.report.computed import computed
 from lightning_guard.report.transfer import transfer
 from tests.report.example import HOSTILE, comparison
 from tests.toys import CLASSES, FEATURES, Data, PlainNet, rows
@@ -48,7 +49,7 @@ def compared(tmp_path_factory):
         "robust": [AdversarialTraining(0.1, bounds=(0.0, 1.0), steps=2)],
         "small": [MagnitudePruning(0.6)],
     }
-    judges = [Robustness(examples=40, steps=3, curve=())]
+    judges = [Robustness(examples=40, steps=3, curve=()), Task(), Efficiency(latency=False)]
     return folder, lg.compare(PlainNet, Data, own, TRAINER, seeds=2, evaluators=judges, folder=folder)
 
 
@@ -83,7 +84,7 @@ def test_a_second_time_the_matrix_is_the_same_and_nothing_is_trained(compared, m
         "robust": [AdversarialTraining(0.1, bounds=(0.0, 1.0), steps=2)],
         "small": [MagnitudePruning(0.6)],
     }
-    judges = [Robustness(examples=40, steps=3, curve=())]
+    judges = [Robustness(examples=40, steps=3, curve=()), Task(), Efficiency(latency=False)]
     again = lg.compare(PlainNet, Data, own, TRAINER, seeds=2, evaluators=judges, folder=folder)
     assert again["matrices"] == report["matrices"]
     assert again["runs"] == report["runs"]
@@ -206,9 +207,7 @@ def rich():
 
 
 def finished(results):
-    report = document.prepare(results)
-    report["summary"], report["checks"] = summary.summarise(report), summary.checks(report)
-    return report
+    return computed(document.prepare(results))
 
 
 def test_pictures_doubts_and_matrices_are_shown_and_escaped():

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_guard.functional.privacy.records import Full, Record, Scratch, squared_norms
+from lightning_guard.functional.privacy.records import Full, Masked, Record, Scratch, squared_norms
 from lightning_guard.functional.privacy.rules import RULES, PerExample, Rule
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # a tensor and the part of it: offset, size, stride
@@ -87,6 +87,8 @@ class Bookkeeper(TorchFunctionMode):
     Args:
         parameters: the trainable parameters by name.
         error: makes the exception of a message.
+        masks: of parameters that are partly held at zero, 1 where not and 0 where so, of the parameter's shape. What is
+            booked of them are the gradients where the mask is 1, and nothing else enters a norm or a sum.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -98,9 +100,14 @@ class Bookkeeper(TorchFunctionMode):
         (torch.Size([1, 4]), True)
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], error: Callable[[str], Exception] | None = None):
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        error: Callable[[str], Exception] | None = None,
+        masks: Mapping[Tensor, Tensor] | None = None,
+    ):
         super().__init__()
-        self.error = error or Unbooked
+        self.error, self.masks = error or Unbooked, {} if masks is None else masks
         self.names: dict[int, str] = {}
         self.parameters: dict[int, nn.Parameter] = {}
         for name, parameter in parameters:
@@ -112,6 +119,7 @@ class Bookkeeper(TorchFunctionMode):
         self.muted = False
         self.raw: nn.Parameter | None = None  # the last that got a raw gradient
         self.derived: dict[int, Tensor] = {}
+        self.aliases: dict[int, tuple[Tensor, nn.Parameter]] = {}  # whose gradient is that of a parameter
         self.units, self.rows = 0, 1
         self.weights: Tensor | None = None
         self._met: dict[int, str] = {}
@@ -132,7 +140,7 @@ class Bookkeeper(TorchFunctionMode):
     def step(self, units: int, rows: int = 1, weights: Tensor | None = None) -> Iterator[None]:
         """Book the forward passes of one step: ``units`` of ``rows`` consecutive rows each, with weights ``(N,)``."""
         self.clear()
-        self.derived, self._strange = {}, None
+        self.derived, self.aliases, self._strange = {}, {}, None
         self.units, self.rows, self.weights = units, rows, weights
         self.anchor = torch.zeros((), requires_grad=True)
         self.active = True
@@ -150,6 +158,19 @@ class Bookkeeper(TorchFunctionMode):
             yield
         finally:
             self.active = was
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Book more forward passes of the step that has just been booked, on the same rows."""
+        if self.active or not self.units:
+            yield
+            return
+        self.active = True
+        try:
+            with self:
+                yield
+        finally:
+            self.active = False
 
     @property
     def booked(self) -> bool:
@@ -238,20 +259,36 @@ class Bookkeeper(TorchFunctionMode):
         key = id(x)
         if key in self.parameters or key in self.derived:
             return x
+        if key in self.aliases:
+            return self.aliases[key][1]
         base = x._base
-        if base is None or not (id(base) in self.parameters or id(base) in self.derived):
+        if base is None or not any(id(base) in known for known in (self.parameters, self.derived, self.aliases)):
             return None
         if _overlaps(x):  # expanded, say: what its entries get adds up in the base's
             self.derived[key] = x
             return x
-        return base
+        return self.aliases[id(base)][1] if id(base) in self.aliases else base
+
+    def alias(self, out: Tensor, given: Tensor) -> None:
+        """Note that ``out`` was computed from ``given`` by a function with the gradient of the identity."""
+        parameter = self.parameters.get(id(given))
+        if parameter is None:
+            self.derived[id(out)] = out
+        else:
+            self.aliases[id(out)] = out, parameter
 
     def part(self, x: Any) -> Part | None:
         """What to book the gradients of ``x`` under; None if it is not trained."""
         if not isinstance(x, Tensor) or not x.requires_grad:
             return None
         root = self.root(x)
-        return None if root is None else Part(root, x)
+        if root is None or root is x:
+            return None if root is None else Part(root, x)
+        whole = x if x._base is None else x._base
+        if id(whole) in self.aliases:  # the same part of the parameter
+            offset = x.storage_offset() - whole.storage_offset() + root.storage_offset()
+            x = root if x is whole else root.detach().as_strided(x.shape, x.stride(), offset)
+        return Part(root, x)
 
     def _derive(self, func: Any, out: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Note that ``out`` was computed from parameters, natively."""
@@ -328,6 +365,9 @@ class Bookkeeper(TorchFunctionMode):
         if self.muted:
             return
         self.parts[part.key] = part
+        mask = self.masks.get(part.root)
+        if mask is not None:
+            record = record.masked(part.of(mask)) if isinstance(record, Full) else Masked(record, part.of(mask))
         known = self.records.setdefault(part.key, [])
         if known and isinstance(known[-1], Full) and isinstance(record, Full) and known[-1].g.shape == record.g.shape:
             known[-1] = Full(known[-1].g + record.g, record.back)
@@ -400,7 +440,7 @@ class Bookkeeper(TorchFunctionMode):
                 )
                 for source, grad in zip(sources, grads, strict=True):
                     if grad is not None:
-                        out[id(source)].add_(grad)
+                        out[id(source)].add_(self._masked(source, grad))
 
     def drop(self, bad: Tensor) -> None:
         """Replace the gradients of some units, a mask ``(n,)``, by zero."""
@@ -457,6 +497,10 @@ class Bookkeeper(TorchFunctionMode):
                     found[id(leaf)] = self.parameters[id(leaf)]
         return list(found.values())
 
+    def _masked(self, source: nn.Parameter, gradient: Tensor) -> Tensor:
+        mask = self.masks.get(source)
+        return gradient if mask is None else gradient * mask.to(gradient.dtype)
+
     def _derived_norms(self, out: Tensor, index: Mapping[int, int]) -> None:
         sources = self._sources()
         keys = [key for key, part in self.parts.items() if id(part.root) not in self.parameters]
@@ -472,7 +516,8 @@ class Bookkeeper(TorchFunctionMode):
                     for i, g in enumerate(record.full(start, stop)):
                         part.of(given[id(part.root)][i]).add_(g.view(part.key[2]))
             grads = _batched_vjp(roots, sources, [given[id(root)] for root in roots])
-            for source, grad in zip(sources, grads, strict=True):
+            for source, whole in zip(sources, grads, strict=True):
+                grad = self._masked(source, whole)
                 for key, records in self.records.items():
                     part = self.parts[key]
                     if part.root is source:

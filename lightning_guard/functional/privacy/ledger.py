@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from lightning_guard.functional.privacy.accounting import Segment
 from lightning_guard.functional.privacy.plan import PrivacyPlan
 from lightning_guard.functional.privacy.sampling import Deal
 
@@ -109,3 +110,41 @@ class Ledger:
                 "sampling='shuffle' promises each example one step an epoch, and a new order begins in the middle of "
                 "one; resume from a checkpoint at the end of an epoch"
             )
+
+
+def released(state: Mapping[str, Any], units: int, unit: str, sampling: str, private: bool = True) -> list[Segment]:
+    """What an earlier training on the same data has released, by its ledger's state, for a plan that counts on.
+
+    Args:
+        state: what :meth:`Ledger.state` gave.
+        units: examples, or people, in the training data of now.
+        unit: who is protected now.
+        sampling: how batches are drawn now.
+        private: False if the training of now is a test that protects nobody.
+
+    Raises:
+        ValueError: if the two make no promise together.
+
+    Example:
+        >>> plan = PrivacyPlan.solve(60_000, 256, 234, 1e-5, 1.0, noise_multiplier=1.1, epochs=15)
+        >>> ledger = Ledger(plan)
+        >>> ledger.steps = 100
+        >>> released(ledger.state(), 60_000, "example", "poisson")[0].steps
+        100
+    """
+    plan = PrivacyPlan.from_dict(state["plan"])
+    if private and not state["private"]:
+        raise ValueError(
+            "it was trained with a test_seed and is not private, nor is what follows from it; train it without one"
+        )
+    for option, was, now in (
+        ("units", plan.units, units),
+        ("unit", plan.unit, unit),
+        ("sampling", plan.sampling, sampling),
+    ):
+        if was != now:
+            raise ValueError(
+                f"it was trained with {option}={was} and this training has {option}={now}, so the two costs do not add "
+                "up to one promise; train both on the same data in the same way"
+            )
+    return plan.ledger(state["steps"])

@@ -1,6 +1,6 @@
 """The gradients of a private training, from what backward passes book to what optimizers take."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -30,6 +30,8 @@ class Mechanism:
         rank: of this process; the noise is that of the first.
         world: number of processes.
         error: makes the exception for what cannot be booked.
+        masks: of parameters that are partly held at zero, 1 where not and 0 where so. They are read anew in every step.
+            Gradients where a mask is 0 use none of the norm, and no noise is handed over there.
 
     Reference:
         Abadi et al., Deep learning with differential privacy, CCS 2016, arXiv:1607.00133.
@@ -60,7 +62,9 @@ class Mechanism:
         rank: int = 0,
         world: int = 1,
         error: Callable[[str], Exception] | None = None,
+        masks: Mapping[Tensor, Tensor] | None = None,
     ):
+        self.masks = masks
         self.clip, self.noise, self.loss_reduction, self.clip_rate = clip, noise, loss_reduction, clip_rate
         self.rank, self.world, self.error = rank, world, error
         self.dropped = 0  # units whose gradient was not finite
@@ -73,14 +77,14 @@ class Mechanism:
         """Book these parameters instead of those so far."""
         trained = list(parameters)
         self.close()
-        self.book = Bookkeeper(trained, self.error)
+        self.book = Bookkeeper(trained, self.error, self.masks)
         self._undo = self.book.forbid_raw()
         layers: dict[str, list[nn.Parameter]] = {}
         for name, p in trained:
             layers.setdefault(name.rpartition(".")[0] if self.clip.kind == "per_layer" else "", []).append(p)
         self.groups = list(layers.values())  # clipped together
         self._group = {id(p): g for g, group in enumerate(self.groups) for p in group}
-        self.sum = NoisySum([p for _, p in trained], self.noise)
+        self.sum = NoisySum([p for _, p in trained], self.noise, self.masks)
 
     def close(self) -> None:
         """Let raw gradients reach the parameters again."""

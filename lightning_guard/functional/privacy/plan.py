@@ -51,6 +51,8 @@ class PrivacyPlan:
         query_noise: of further sums over each draw, standard deviation of the noise over the L2 norm that one unit can
             contribute to all of them, see :func:`noise_of_all`; part of the same release, so the gradient has more.
         once_noise: the same of sums over all units that are taken once, before the first step.
+        before: what earlier trainings on the same data have released that this one builds on, a private teacher for
+            example; epsilon is that of all together.
 
     Raises:
         ValueError: if a value is impossible or two do not go together.
@@ -99,8 +101,10 @@ class PrivacyPlan:
     count_noise: float | None = None
     query_noise: float | None = None
     once_noise: float | None = None
+    before: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "before", tuple(Segment(float(z), float(q), int(n)) for z, q, n in self.before))
         for field in fields(self):  # 8 and 8.0, or numpy's, are the same plan
             value = getattr(self, field.name)
             if field.type is int and value != int(value):
@@ -212,6 +216,13 @@ class PrivacyPlan:
             raise ValueError(f"epochs={epochs} and steps={steps} both say how long; give one of them")
         length = steps if epochs is None else epochs * steps_per_epoch
 
+        before = accounting.epsilon(other["before"], delta) if other.get("before") else 0.0
+        if target_epsilon is not None and before >= target_epsilon > 0:
+            raise ValueError(
+                f"target_epsilon={target_epsilon} is spent already: what this training builds on has spent "
+                f"{before:.3g} on the same data; give more than that"
+            )
+
         def plan(steps: int, noise: float, **changed: Any) -> "PrivacyPlan":
             common = {**other, "target_epsilon": target_epsilon, **changed}
             return cls(units, batch_size, steps, steps_per_epoch, delta, noise, max_grad_norm, **common)
@@ -291,7 +302,7 @@ class PrivacyPlan:
         """
         steps = self.steps if steps is None else steps
         stride = max(steps, 1) if self.noise_final == 1 else self.steps_per_epoch
-        segments = [] if self.once_noise is None else [Segment(self.once_noise, 1.0, 1)]
+        segments = [*self.before, *([] if self.once_noise is None else [Segment(self.once_noise, 1.0, 1)])]
         for first in range(0, steps, stride):
             noise = self.noise_multiplier * self._level(first, self.noise_final) / math.sqrt(self.releases)
             count = min(stride, steps - first)
@@ -318,8 +329,8 @@ class PrivacyPlan:
         return self.epsilon() - lone.epsilon()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as numbers, strings and None."""
-        return asdict(self)
+        """The fields as numbers, strings, None and lists of numbers."""
+        return {**asdict(self), "before": [list(segment) for segment in self.before]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -342,8 +353,8 @@ class PrivacyPlan:
 
     def differences(self, other: "PrivacyPlan") -> list[str]:
         """What another plan does otherwise, as in ``"noise_multiplier 1.1 became 0.9"``."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{name} {mine[name]} became {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return [f"{name} {mine} became {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
     def describe(self) -> str:
         """A short text for people, printed before training."""
@@ -378,6 +389,9 @@ class PrivacyPlan:
                 if noise is not None
             ]
             lines.append(("queries", f"{' and '.join(of)}: {_short(self.query_cost)} of epsilon"))
+        if self.before:
+            earlier = accounting.epsilon(self.before, self.delta)
+            lines.append(("before", f"epsilon {_short(earlier)} of it was spent by what this training builds on"))
         exact = "Gaussian DP (Dong et al., 2022), exact for batches fixed in advance"
         lines.append(("accountant", exact if shuffled else "PRV (Gopi et al., 2021), or RDP where lower"))
         return "\n".join(f"{head:12}{text}" for head, text in lines)

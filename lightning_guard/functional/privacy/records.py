@@ -139,6 +139,13 @@ class Full:
     def without(self, bad: Tensor) -> "Full":
         return Full(_zeroed(self.g, bad), self.back)
 
+    def masked(self, mask: Tensor) -> "Full":
+        """The same with zeros where ``mask``, of the tensor's shape, is 0."""
+        places = torch.arange(mask.numel(), device=mask.device).view(1, *self.g.shape[1:])
+        turned = torch.empty_like(mask.flatten())
+        turned[self.back(places).flatten()] = mask.flatten()
+        return Full(self.g * turned.view(self.g.shape[1:]).to(self.g.dtype), self.back)
+
 
 @dataclass
 class Outer:
@@ -330,6 +337,41 @@ class Conv:
         return Conv(_zeroed(self.x, rows), _zeroed(self.b, rows), self.weight, self.geometry, self.units, self.scratch)
 
 
+@dataclass
+class Masked:
+    """Gradients that count only where ``mask``, of the tensor's shape, is 1 and not 0.
+
+    With one term a unit the norm needs no gradient to be written down: :math:`\\sum_{ij} M_{ij} b_i^2 a_j^2`.
+    """
+
+    record: Record
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        self.units, self.shape = self.record.units, self.record.shape
+
+    def full(self, start: int, stop: int) -> Tensor:
+        full = self.record.full(start, stop)
+        return full * self.mask.to(full.dtype)
+
+    def squares(self) -> Tensor:
+        record = self.record
+        if isinstance(record, Outer) and record.terms == 1:
+            wide = _wide(record.a)
+            a, b = (side[:, 0].to(wide).square() for side in (record.a, record.b))
+            return ((b @ self.mask.to(wide)) * a).sum(1).mul_(1 + _doubt(a, 1, len(self.mask)))
+        pieces = [_squares(self.full(*piece)) for piece in _pieces(self.units, prod(self.shape))]
+        return torch.cat(pieces).mul_(1 + _doubt(self.mask, 1, prod(self.shape)))
+
+    def add_to(self, out: Tensor, factors: Tensor) -> None:
+        total = torch.zeros_like(out, memory_format=torch.contiguous_format)
+        self.record.add_to(total, factors)
+        out.addcmul_(total, self.mask.to(out.dtype))
+
+    def without(self, bad: Tensor) -> "Masked":
+        return Masked(self.record.without(bad), self.mask)
+
+
 def _upright(weight: tuple[int, ...], turned: Tensor) -> Tensor:
     return turned.transpose(2, 3).reshape(len(turned), *weight)
 
@@ -341,6 +383,11 @@ def squared_norms(records: Sequence[Record]) -> Tensor:
     if all(isinstance(record, Outer) for record in records):
         a, b = (torch.cat([getattr(r, side) for r in records], 1) for side in "ab")
         return Outer(a, b).squares()
+    masked = [record for record in records if isinstance(record, Masked)]  # by the same mask, that of the tensor
+    inner = [record.record for record in masked if isinstance(record.record, Outer)]
+    if len(inner) == len(records):
+        a, b = (torch.cat([getattr(r, side) for r in inner], 1) for side in "ab")
+        return Masked(Outer(a, b), masked[0].mask).squares()
     if all(isinstance(record, Rows) for record in records):
         index, b = (torch.cat([getattr(r, side) for r in records], 1) for side in ("index", "b"))
         return Rows(index, b, records[0].shape[0]).squares()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_guard.functional.privacy.records import Conv, Full, Geometry, Outer, Rows
+from lightning_guard.functional.quantization.grids import fake_quantize
 
 if TYPE_CHECKING:
     from lightning_guard.functional.privacy.book import Bookkeeper, Part
@@ -335,6 +336,16 @@ def _conv_transpose(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: 
 def _sides(given: Any, count: int) -> tuple[int, ...]:
     given = (given,) if isinstance(given, int) else tuple(given)
     return given * count if len(given) == 1 else given
+
+
+@_for(fake_quantize)
+def _rounded(book: "Bookkeeper", func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Rounding that gradients pass straight through."""
+    if book.part(args[0]) is None:
+        return NotImplemented
+    out = func(*args, **kwargs)
+    book.alias(out, args[0])
+    return out
 
 
 @_for(F.embedding)

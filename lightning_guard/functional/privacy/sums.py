@@ -1,6 +1,6 @@
 """The noisy sum of one step, as it grows chunk by chunk."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ class NoisySum:
     Args:
         parameters: what the gradients are of.
         noise: where noise comes from.
+        masks: of parameters that are partly held at zero; what is handed over is zero there as well.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2, 3))
@@ -28,8 +29,8 @@ class NoisySum:
         torch.Size([2, 3])
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], noise: Noise):
-        self.parameters, self.noise = list(parameters), noise
+    def __init__(self, parameters: Iterable[nn.Parameter], noise: Noise, masks: Mapping[Tensor, Tensor] | None = None):
+        self.parameters, self.noise, self.masks = list(parameters), noise, {} if masks is None else masks
         self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.parts: dict[int, Tensor] = {}
         self.begun = False
@@ -56,6 +57,8 @@ class NoisySum:
             if reached is not None and id(parameter) not in reached:
                 continue
             part = self.parts[id(parameter)]
+            if parameter in self.masks:  # after the noise, so whatever the mask was before, nothing is without noise
+                part.mul_(self.masks[parameter])
             parameter.grad = part if parameter.grad is None else parameter.grad + part
             self.handed[id(parameter)] = parameter.grad
         self.begun = False

@@ -10,6 +10,7 @@ from lightning_guard.functional.quantization.grids import (
 )
 from lightning_guard.functional.quantization.layers import (
     FakeQuantization,
+    LostRows,
     QuantizedLayer,
     Range,
     Slot,
@@ -17,11 +18,15 @@ from lightning_guard.functional.quantization.layers import (
     quantizable,
 )
 from lightning_guard.functional.quantization.learned import StepLearner, fitted_range, fitted_step, lsq
+from lightning_guard.functional.quantization.private_ranges import CELLS, NoisyRanges, range_rows
 from lightning_guard.functional.quantization.selection import chosen_layers, ranges_by_layer
 from lightning_guard.functional.quantization.statistics import anew, batch_norms
 
 __all__ = [
+    "CELLS",
     "FakeQuantization",
+    "LostRows",
+    "NoisyRanges",
     "QuantizedLayer",
     "Range",
     "Slot",
@@ -37,6 +42,7 @@ __all__ = [
     "fitted_step",
     "lsq",
     "quantizable",
+    "range_rows",
     "ranges_by_layer",
     "snapped",
     "weight_grid",

@@ -26,6 +26,10 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 Range = tuple[float, float]
 
 
+class LostRows(ValueError):
+    """A layer's inputs have other rows than the batch, so it is not known which example they are of."""
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """One weight of a layer.
@@ -122,6 +126,8 @@ class FakeQuantization:
         self.slots = {slot.weight: slot for layer in self.layers for slot in layer.slots}
         self.rounded = [layer for layer in self.layers if layer.inputs] if activation_bits is not None else []
         self.on, self.observing = False, False
+        self.rows: int | None = None  # of the batch, where inputs are looked at example by example
+        self._each: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: the least and largest input of each example
         self.known = [False] * len(self.rounded)
         self.low, self.high = (torch.zeros(len(self.rounded), device=device) for _ in range(2))
         self.scale, self.zero = torch.ones_like(self.low), torch.zeros_like(self.low)
@@ -151,6 +157,9 @@ class FakeQuantization:
         slots = layer.slots
 
         def quantized(*args: Any, **kwargs: Any) -> Any:
+            if index is not None and self.rows is not None:
+                for x in self._given(layer.inputs, args, kwargs).values():
+                    self._look(index, x, self.rows)
             if not self.on:
                 return forward(*args, **kwargs)
             if index is not None:
@@ -176,16 +185,58 @@ class FakeQuantization:
     def _arguments(
         self, index: int, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        keys = ("query", "key", "value") if count == 3 else ("input",)
-        given = {**dict(zip(keys, args, strict=False)), **{key: kwargs[key] for key in keys if key in kwargs}}
+        given = self._given(count, args, kwargs)
         done: dict[int, Tensor] = {}  # attention asks whether query, key and value are one tensor
         for x in given.values():
             if id(x) not in done:
                 done[id(x)] = self._input(index, x)
         new = {key: done[id(x)] for key, x in given.items()}
         places = min(len(args), count)
-        args = (*(new[key] for key in keys[:places]), *args[places:])
+        args = (*list(new.values())[:places], *args[places:])
         return args, {key: new.get(key, value) for key, value in kwargs.items()}
+
+    @staticmethod
+    def _given(count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The arguments of a layer that are rounded, in order."""
+        keys = ("query", "key", "value") if count == 3 else ("input",)
+        return {**dict(zip(keys, args, strict=False)), **{key: kwargs[key] for key in keys if key in kwargs}}
+
+    def _look(self, index: int, x: Tensor, rows: int) -> None:
+        """Note the least and the largest input of each example, over all calls of the step."""
+        if x.dim() < 2 or len(x) != rows:
+            name = self.rounded[index].name
+            raise LostRows(
+                f"{name} sees inputs of shape {tuple(x.shape)} in a batch of {rows} rows, so it is not known which "
+                f"example they are of; keep the batch in front, or give ignore=[{name!r}] or fixed ranges"
+            )
+        values = x.detach().flatten(1)
+        low, high = values.amin(1), values.amax(1)
+        if index in self._each:
+            low, high = torch.minimum(low, self._each[index][0]), torch.maximum(high, self._each[index][1])
+        self._each[index] = low, high
+
+    @contextmanager
+    def looking(self, rows: int | None) -> Iterator[Callable[[], tuple[list[Tensor], list[Tensor]]]]:
+        """Look at inputs example by example in this block; None looks at nothing.
+
+        Args:
+            rows: of the batch, which every layer must see in front.
+
+        Yields:
+            What gives the least and the largest inputs so far, ``(rows,)`` for each layer; NaN of a layer not called.
+        """
+        was, self.rows, self._each = (self.rows, self._each), rows, {}
+        seen = self._each
+
+        def found() -> tuple[list[Tensor], list[Tensor]]:
+            none = torch.full((rows or 0,), torch.nan, device=self.low.device)
+            pairs = [seen.get(i, (none, none)) for i in range(len(self.rounded))]
+            return [low for low, _ in pairs], [high for _, high in pairs]
+
+        try:
+            yield found
+        finally:
+            self.rows, self._each = was
 
     def _input(self, index: int, x: Tensor) -> Tensor:
         assert self.activation_bits is not None
@@ -242,6 +293,10 @@ class FakeQuantization:
             scale, zero = activation_grid(self.low, self.high, self.activation_bits)
             self.scale.copy_(scale)
             self.zero.copy_(zero)
+
+    def take_ranges(self, ranges: Iterable[Range]) -> None:
+        """The range of each layer whose inputs are rounded, in order."""
+        self._take(dict(enumerate(ranges)))
 
     @torch.no_grad()
     def _take(self, ranges: Mapping[int, Sequence[float] | Tensor]) -> None:

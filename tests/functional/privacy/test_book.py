@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from lightning_guard.functional.privacy import Bookkeeper, Clipping, Unbooked, rules
+from lightning_guard.functional.quantization import fake_quantize
 from tests.functional.privacy.oracle import Net, agree, booked, cross_entropy, each, norms_of, trained, weight
 
 N = 6
@@ -178,6 +179,22 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | int]] = {
                                w=weight(2, 2, 3)), (4, 5)),
     "part of a weight": (lambda: Net(lambda s, x: F.linear(x[:, :3], s.w[:, :3]) + F.linear(x[:, 3:], s.w[:, 3:]),
                                      w=weight(3, 5)), VECTORS),
+    "rounded": (
+        lambda: Net(lambda s, x: F.linear(F.linear(x, fake_quantize(s.a), s.b), s.c) + x @ fake_quantize(s.d)[:3].t(),
+                    a=weight(6, 5), b=weight(6), c=weight(3, 6), d=weight(4, 5)), VECTORS
+    ),
+    "rounded in parts": (
+        lambda: Net(lambda s, x: torch.cat([F.linear(x, w) for w in fake_quantize(s.a).chunk(3)], 2) + x[..., :1] * s.b,
+                    a=weight(6, 5), b=weight(6)), (4, 5)
+    ),
+    "rounded and not": (
+        lambda: Net(lambda s, x: F.linear(F.linear(x, s.a).tanh(), fake_quantize(s.a)) + x @ (fake_quantize(s.a) * s.b),
+                    a=weight(5, 5), b=weight(5)), (4, 5)
+    ),
+    "rounded conv": (
+        lambda: Net(lambda s, x: F.conv2d(F.conv2d(x, fake_quantize(s.a), padding=1).tanh(), fake_quantize(s.b)),
+                    a=weight(4, 2, 3, 3), b=weight(3, 4, 2, 2)), (2, 4, 5)
+    ),
     "called twice": (lambda: Net(lambda s, x: s.a(s.a(x).tanh()) + s.a(x[:, :1]), a=nn.Linear(5, 5)), (3, 5)),
     "conv called twice": (lambda: flat(*2 * [nn.Conv2d(3, 3, 3, padding=1)]), (3, 2, 3)),
     "norm called twice": (lambda: flat(nn.Linear(5, 4), *2 * [nn.LayerNorm(4)]), (3, 5)),
@@ -237,6 +254,43 @@ def test_units_of_several_weighted_rows(name, form, monkeypatch):
     agree(sums, [torch.einsum("n,n...->...", factors, g) for g in wanted])
 
 
+@ALL
+@pytest.mark.parametrize("form", KEEP)
+def test_masked_weights_count_where_they_are_kept(name, form, monkeypatch):
+    monkeypatch.setattr(rules, "KEEP", KEEP[form])
+    net, batch = made(name)
+    masks = {p: (torch.rand(p.shape) < 0.6).double().contiguous() for _, p in trained(net)}
+    wanted = [g * masks[p] for g, (_, p) in zip(each(net, cross_entropy, batch), trained(net), strict=True)]
+    norms, sums, _ = booked(net, cross_entropy, batch, book=Bookkeeper(trained(net), masks=masks))
+    agree([norms[0]], [norms_of(wanted)])
+    factors = (norms.median() / norms_of(wanted)).clamp(max=1)
+    agree(sums, [torch.einsum("n,n...->...", factors, g) for g in wanted])
+    for total, (_, p) in zip(sums, trained(net), strict=True):
+        assert not bool(total[masks[p] == 0].any())
+
+
+@pytest.mark.parametrize("name", ["linear", "encoder", "conv of few places", "tied"])
+def test_a_mask_of_ones_changes_nothing_and_people_have_masks_too(name):
+    net, batch = made(name)
+    ones = {p: torch.ones_like(p) for _, p in trained(net)}
+    _, plain, _ = booked(net, cross_entropy, batch, 0.5)
+    _, masked, _ = booked(net, cross_entropy, batch, 0.5, book=Bookkeeper(trained(net), masks=ones))
+    agree(masked, plain)
+    half = {p: (torch.rand(p.shape) < 0.5).double() for _, p in trained(net)}
+    own = [g * half[p] for g, (_, p) in zip(each(net, cross_entropy, batch), trained(net), strict=True)]
+    norms, _, _ = booked(net, cross_entropy, batch, rows=2, book=Bookkeeper(trained(net), masks=half))
+    agree([norms[0]], [norms_of([g.unflatten(0, (3, 2)).sum(1) for g in own])])
+
+
+@pytest.mark.parametrize("name", ["linear", "linear of sequences", "conv of few places"])
+def test_masks_in_single_precision_lose_nothing_of_the_bound(name):
+    net, batch = made(name, torch.float32)
+    masks = {p: (torch.rand(p.shape) < 0.2).float() for _, p in trained(net)}
+    norms, _, book = booked(net, cross_entropy, batch, book=Bookkeeper(trained(net), masks=masks))
+    exact = [g * masks[p] for g, (_, p) in zip(each(net, cross_entropy, batch), trained(net), strict=True)]
+    assert bool((norms[0] >= norms_of([g.double() for g in exact]) * (1 - book.margin)).all())
+
+
 @pytest.mark.parametrize("name", ["linear", "encoder", "low rank", "tied"])
 def test_clipping_by_layer(name):
     net, batch = made(name)
@@ -261,6 +315,30 @@ def test_automatic_clipping():
     _, sums, _ = booked(net, cross_entropy, batch, 0.7, clipping=Clipping("automatic", stability=0.1))
     factors = 0.7 / (norms_of(wanted) + 0.1)
     agree(sums, [torch.einsum("n,n...->...", factors, g) for g in wanted])
+
+
+@pytest.mark.parametrize("name", ["linear", "encoder", "conv2d", "linear of sequences", "called twice", "tied"])
+def test_a_second_pass_that_joins_is_clipped_with_the_first(name):
+    net, (x, y) = made(name)
+    other = x.roll(1, -1)
+
+    def loss(net: nn.Module, x: Tensor, other: Tensor, y: Tensor) -> Tensor:
+        return (
+            F.cross_entropy(net(x).flatten(1)[:, :3], y) + 3 * (net(x) - net(other)).square().flatten(1).mean(1).mean()
+        )
+
+    wanted = each(net, loss, (x, other, y))
+    book = Bookkeeper(trained(net))
+    with book.step(units=N):
+        first, whole = cross_entropy(net, x, y), net(x)
+    with book.joined():
+        more = 3 * (whole - net(other)).square().flatten(1).mean(1).mean()
+    (first + more).backward()
+    norms = book.squared_norms().sqrt() * N
+    agree([norms[0]], [norms_of(wanted)])
+    with book.joined(), book.paused():
+        assert not book.active
+    assert not book.active
 
 
 def test_chunks_add_up():

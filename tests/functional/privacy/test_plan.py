@@ -98,6 +98,7 @@ OTHER = {
     "count_noise": 6.0,
     "query_noise": 8.0,
     "once_noise": 20.0,
+    "before": (Segment(1.1, 0.02, 10),),
 }
 
 
