@@ -325,7 +325,10 @@ class AdversarialTraining(Guard):
             self._watch.remember(step.inputs, y)
         if self.overrides("during") or self.overrides("on_loss"):
             vars(step)[self.name] = at, moved
-        return step.batch if self.objective == "trades" or at.layer is not None else step.with_inputs(moved)
+        if self.objective == "trades":
+            return step.batch
+        step.clean = step.inputs
+        return step.batch if at.layer is not None else step.with_inputs(moved)
 
     def _carried(self, step: Step, ascent: Ascent) -> tuple[Ground, Tensor]:
         """Where the batch before left off, to be moved by the gradient of this very step."""

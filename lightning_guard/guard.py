@@ -161,6 +161,7 @@ class Step:
         self.rehearsal = False  # made by `again`: counts for nothing, and nothing may be learnt from it
         self.again: Any = None  # (batch) -> loss: this step once more on another batch, leaving no trace
         self.changed = False  # a guard put another batch in the place of the loader's
+        self.clean: Any = None  # the inputs before an attack, if the step trains on attacked ones; the same rows
         self.forwards: list[Any] = []  # what the step's own forward passes returned
         self._group = None
 

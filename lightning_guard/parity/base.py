@@ -1,9 +1,10 @@
 """What every mode is given, and what it gives."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_guard.functional.fairness import Census
@@ -29,6 +30,13 @@ class Seen:
     target: Any
     members: Tensor
     attribute: Tensor
+
+    def clean(self) -> "Seen":
+        """The batch as the data hold it, without a graph: an attack decides about nobody who is in them."""
+        if self.step.clean is None:
+            return replace(self, logits=self.logits.detach())
+        with self.step.probe(), torch.no_grad():
+            return replace(self, logits=self.step.forward(self.step.clean).float())
 
     def losses(self) -> Tensor:
         """The loss of each example ``(N,)``, with its graph."""

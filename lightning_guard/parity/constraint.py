@@ -148,7 +148,7 @@ class Constraint(Mode):
 
     def term(self, seen: Seen) -> Tensor | None:
         with torch.no_grad():
-            hard = self.moments(seen, None)
+            hard = self.moments(seen.clean(), None)
             rates = hard.values.shape[1]
             multipliers, present = self._ready(rates), self.present(rates)
             if self.query and not self._unit:

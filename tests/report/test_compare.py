@@ -169,7 +169,7 @@ def test_workers_share_the_runs(tmp_path):
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads in their last bits
     for workers in ("1", "2"):
         own = [*command, "--workers", workers, "--out", workers]
-        done = subprocess.run(own, capture_output=True, text=True, check=False, timeout=300, env=one_thread)
+        done = subprocess.run(own, capture_output=True, text=True, check=False, timeout=900, env=one_thread)
         assert done.returncode == 0, done.stderr
     one, two = (json.loads(Path(workers, "report.json").read_text())["runs"] for workers in ("1", "2"))
     for first, second in zip(one, two, strict=True):

@@ -42,7 +42,7 @@ def violation(threat, moved, x, tolerance):
                 lengths.append(abs(new[c] - old[c]) / unit[c])
             if not low[c] - tolerance <= new[c] <= high[c] + tolerance:
                 return f"bounds {c}"
-            if c in (threat.integer or ()) and abs(new[c] - round(new[c])) > 1e-3:
+            if c in (threat.integer or ()) and abs(new[c] - round(new[c])) > 2 * tolerance:
                 return f"integer {c}"
             if c in (threat.increasing or ()) and new[c] < old[c] - tolerance:
                 return f"increasing {c}"
