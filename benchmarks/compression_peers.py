@@ -19,11 +19,11 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from compression import Classifier, accuracy, digits, train
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
-from compression import Classifier, accuracy, digits, train
 from lightning_guard.callbacks import ChannelPruning, MagnitudePruning, QuantizationAwareTraining
 
 CHECKED = 64  # rows of a batch
