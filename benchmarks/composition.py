@@ -54,29 +54,41 @@ SMALL = {
 }
 
 
-BESIDE = {
-    # Observed ranges of activations are raw data, so beside privacy weights alone are rounded.
-    ("private", "int8"): {"guards": {"quantization": {"init_args": {"activation_bits": None}}}},
+BESIDE: dict[str, dict[tuple[str, str], dict[str, Any]]] = {
+    "adult": {
+        # Noise leaves less room for the attacked rows, and clipping bounds the pull of the bound as well.
+        ("private", "robust"): {"guards": {"adversarial_training": {"init_args": {"beta": 0.1, "steps": 1}}}},
+        ("private", "fair"): {"guards": {"fairness": {"init_args": {"step_size": 12.0}}}},
+    },
+    "fashion-mnist": {},
 }
 
 DATA: dict[str, dict[str, Any]] = {
     "adult": {
         "parts": {
             "private": guard("dp_sgd", "DPSGD", target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0),
-            "robust": guard("adversarial_training", "AdversarialTraining", steps=3, warmup=0.3, **ADULT_THREAT),
-            "fair": guard("fairness", "FairnessRegularization", max_gap=0.05, groups=[2]),
+            "robust": guard(
+                "adversarial_training",
+                "AdversarialTraining",
+                objective="trades",
+                beta=1.0,
+                steps=3,
+                warmup=0.3,
+                **ADULT_THREAT,
+            ),
+            "fair": guard("fairness", "FairnessRegularization", max_gap=0.05, groups=[2], steepness=3.0),
             **SMALL,
         },
         "config": {
             "model": {
                 "class_path": "lightning_guard.models.MLP",
-                "init_args": {"in_features": IN_FEATURES, "hidden": [64, 64], "lr": 5e-3, "schedule": "cosine"},
+                "init_args": {"in_features": IN_FEATURES, "hidden": [64, 64], "lr": 1e-2, "schedule": "cosine"},
             },
             "data": {
                 "class_path": "lightning_guard.data.AdultData",
-                "init_args": {"group": "sex", "batch_size": 512},
+                "init_args": {"group": "sex", "batch_size": 1024},
             },
-            "trainer": {"max_epochs": 15},
+            "trainer": {"max_epochs": 20},
             "evaluate": {
                 "robustness": {
                     "class_path": "lightning_guard.evaluation.Robustness",
@@ -120,13 +132,13 @@ def write(place: Path, name: str, content: dict[str, Any]) -> str:
     return str(place / f"{name}.yaml")
 
 
-def arms(place: Path, given: dict[str, dict[str, Any]]) -> list[str]:
+def arms(place: Path, given: dict[str, dict[str, Any]], special: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     """The arms to state: each part alone, and the combinations that need settings of their own."""
     from lightning_guard.report.combined import subsets
 
     names = list(given)
     files = {name: write(place, name, content) for name, content in given.items()}
-    beside = {pair: write(place, "-beside-".join(reversed(pair)), content) for pair, content in BESIDE.items()}
+    beside = {pair: write(place, "-beside-".join(reversed(pair)), content) for pair, content in special.items()}
     stated = ["none", *(f"{name}={path}" for name, path in files.items())]
     for combination in subsets(names, KINDS):
         if needed := [path for pair, path in beside.items() if set(pair) <= set(combination)]:
@@ -145,7 +157,9 @@ if __name__ == "__main__":
     own = parser.parse_args()
     out = Path(own.out or f"composition-{own.data}")
     config = write(out / "recipes", own.data, DATA[own.data]["config"])
-    options = [part for arm in arms(out / "recipes", DATA[own.data]["parts"]) for part in ("--arm", arm)]
+    options = [
+        part for arm in arms(out / "recipes", DATA[own.data]["parts"], BESIDE[own.data]) for part in ("--arm", arm)
+    ]
     stated = {"combine": ",".join(KINDS), "seeds": own.seeds, "out": out, "workers": own.workers}
     stated |= {"config": config, "title": f"Safeguards together, {own.data}"}
     options += [part for name, value in stated.items() for part in (f"--{name}", str(value))]

@@ -191,7 +191,7 @@ def main() -> None:
                         module, folder / f"{name}{suffix}", batches, format, allowed, calibration, linear=linear
                     )
                     label = f"{arm}, quantised after training" if "int8" not in arm and "int8" in format else arm
-                    label = arm.replace("int8", "float32") if format == "onnx" else label
+                    label = arm.replace("int8", "int8, its file in float32") if format == "onnx" else label
                     files[label] = file.load()
                     found.append({
                         "net": net, "seed": seed, "arm": label, "seconds": seconds, "bytes": file.bytes,

@@ -338,9 +338,9 @@ def test_check_prints_the_whole_table(capsys):
     assert max(map(len, printed.splitlines())) <= 140
     lines, last = printed.splitlines(), 0
     for row in rows():  # every row, in order; columns are wrapped, so their words are looked for one by one
-        place = next(i for i, line in enumerate(lines[last:], last) if line.startswith(row["together"].split()[0]))
-        assert row["verdict"] in lines[place]
-        last = place + 1
+        begins = row["together"].split()[0]
+        found = (i for i, line in enumerate(lines[last:], last) if line.startswith(begins) and row["verdict"] in line)
+        last = next(found) + 1
     assert all(word in printed for row in rows() for word in (*row["why"].split(), *row["then"].split()))
 
 
@@ -349,7 +349,7 @@ def test_check_prints_the_rows_of_the_run_and_no_others(capsys):
     assert check([*args, "--trainer.limit_train_batches", "4"]) == 0
     printed = capsys.readouterr().out
     (row,) = told(together("fairness", "magnitude_pruning"))
-    assert all(word in printed for word in (row["together"], row["verdict"], *row["why"].split()))
+    assert all(word in printed for word in (*row["together"].split(), row["verdict"], *row["why"].split()))
     assert "dp_sgd" not in printed
 
 

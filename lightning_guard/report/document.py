@@ -65,7 +65,7 @@ def prepare(results: Mapping[str, Any]) -> dict[str, Any]:
     """
     from jsonschema import Draft202012Validator  # 0.1 s that `import lightning_guard.report` need not cost
 
-    document = _plain(results)
+    document = plain(results)
     problems = [
         f"{_where(error.absolute_path)}: {error.message[:300]}"
         for error in Draft202012Validator(_schema()).iter_errors(document)
@@ -124,16 +124,16 @@ def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
-def _plain(value: Any, spell: bool = False) -> Any:
+def plain(value: Any, spell: bool = False) -> Any:
     """Copies plain data; ``spell`` keeps numbers that JSON lacks as words (``norm: inf``)."""
     value = _number(value)
     if isinstance(value, Mapping):
-        plain = {clean(str(key)): _plain(item, spell or key == "options") for key, item in value.items()}
-        if len(plain) < len(value):
+        named = {clean(str(key)): plain(item, spell or key == "options") for key, item in value.items()}
+        if len(named) < len(value):
             raise ReportError(f"two of these names read the same, give them different ones: {list(value)}")
-        return plain
+        return named
     if isinstance(value, list | tuple):
-        return [_plain(item, spell) for item in value]
+        return [plain(item, spell) for item in value]
     if isinstance(value, str):
         return clean(value)
     if value is None or isinstance(value, bool):

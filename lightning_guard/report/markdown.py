@@ -22,12 +22,6 @@ def text(document: Mapping[str, Any], signatures: Sequence[Signature] = ()) -> s
     """Returns ``report.md``: the same verdicts and tables as the page, without its drawings."""
     lines = [f"# {plain(document['title'])}", "", plain(view.opening(document)), ""]
     lines += [f"> **Note.** {plain(check)}\n" for check in document["checks"]]
-    if (data := groups.data(document)) is not None:
-        lines += ["## Data", ""]
-        for table in data.tables:
-            lines += [*_table(table.heads, table.texts), ""]
-        lines += [f"- {plain(line)}" for line in [*data.about, *data.notes]]
-        lines.append("")
     lines += ["## Verdict", ""]
     if document["gates"]:
         asked = [(gate.arm, gate.state, gate.asked, gate.found) for gate in answers(document)]
@@ -39,6 +33,12 @@ def text(document: Mapping[str, Any], signatures: Sequence[Signature] = ()) -> s
             lines.append(f"  - {plain(heading)}: {plain('; '.join(map(str, items)))}")
         lines.append(f"  - {plain(verdict.tally)}")
     lines += ["", plain(certainty(document)), ""]
+    if (data := groups.data(document)) is not None:
+        lines += ["## Data", ""]
+        for table in data.tables:
+            lines += [*_table(table.heads, table.texts), ""]
+        lines += [f"- {plain(line)}" for line in [*data.about, *data.notes]]
+        lines.append("")
     for section in view.sections(document):
         if section.rows:
             lines += [f"## {plain(section.title)}", "", *_axis(section, document), ""]

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_guard.report.agreement import with_agreement
 from lightning_guard.report.assembly import assembled
 from lightning_guard.report.computed import computed
-from lightning_guard.report.document import ReportError, clean, load, prepare
+from lightning_guard.report.document import ReportError, clean, load, plain, prepare
 from lightning_guard.report.kept import KeptRun, kept_runs
 from lightning_guard.report.manifest import contents, read_manifest, seal
 from lightning_guard.report.matched import matched
@@ -190,7 +190,7 @@ def _told(runs: Sequence[KeptRun], report: Mapping[str, Any], place: Path) -> It
             yield Finding(f"report.json, {part}", "same" if same else "differs", said)
     if report.get("data"):
         kept = json.loads((place / "data.json").read_text()) if (place / "data.json").exists() else {}
-        same = alike(kept.get("data"), report["data"])
+        same = alike(plain(kept.get("data")), report["data"])
         yield Finding(
             "report.json, data", "not recomputed" if same else "differs", "is data.json" + " not" * (not same)
         )

@@ -922,7 +922,7 @@ def test_averaged_weights_are_those_of_the_steps(form):
     torch.testing.assert_close(net.net[0].weight.detach(), mean)
 
 
-@pytest.mark.parametrize("options", [{"objective": "trades"}, {"awp": 0.01}, {"method": "fgsm"}, {"method": "free"}])
+@pytest.mark.parametrize("options", [{"awp": 0.01}, {"method": "fgsm"}, {"method": "free"}])
 def test_what_privacy_does_not_bound_is_refused_beside_it(options):
     with pytest.raises(GuardConflict, match=r"dp_sgd and adversarial_training \("):
         fit([on(**options), DPSGD(delta=1e-3, noise_multiplier=1.0)], lambda: PlainNet(norm=False))

@@ -322,7 +322,7 @@ def test_an_example_pays_for_itself_alone():
 
     def gradient(logits, target, group):
         logits = logits.clone().requires_grad_()
-        step = SimpleNamespace(rehearsal=True, run=SimpleNamespace(trainer=SimpleNamespace(world_size=1)))
+        step = SimpleNamespace(rehearsal=True, clean=None, run=SimpleNamespace(trainer=SimpleNamespace(world_size=1)))
         term = mode.term(Seen(step, census, logits, target, census.members(group), group.float()))
         return torch.autograd.grad(term, logits)[0]
 

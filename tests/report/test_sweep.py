@@ -153,16 +153,16 @@ def test_a_second_time_nothing_is_fitted(report, monkeypatch):
     assert again["data"] == found["data"]
 
 
-def test_the_report_begins_with_the_data(report):
+def test_the_report_tells_of_the_data_after_the_verdict(report):
     folder, found = report
     bars = {one["key"]: dict(zip(one["categories"], one["values"], strict=True)) for one in found["data"]["bars"]}
     _, y, group = Binary()._loader(0).dataset.tensors
     assert bars["data/group_size"] == {"a": int((group == 0).sum()), "b": int((group == 1).sum())}
     assert bars["data/base_rate"]["b"] == pytest.approx(float(y[group == 1].double().mean()))
     page = (folder / "report.html").read_text()
-    assert page.index('id="data-title"') < page.index('id="verdict-title"')
+    assert page.index('id="verdict-title"') < page.index('id="data-title"')
     text = (folder / "report.md").read_text()
-    assert text.index("## Data") < text.index("## Verdict")
+    assert text.index("## Verdict") < text.index("## Data")
     assert f"| a | {bars['data/group_size']['a']:.0f} |" in text
 
 
