@@ -10,7 +10,7 @@ from fairlearn.metrics import demographic_parity_difference
 from torch import nn
 
 from lightning_guard.batch import Batch
-from lightning_guard.callbacks import FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
 from lightning_guard.functional import RATE_NOTIONS, group_gap
 from lightning_guard.functional.fairness import Census, moments
 from lightning_guard.guard import GuardConflict
@@ -732,3 +732,29 @@ def test_validation_without_targets_is_refused_by_name():
     unlabelled = torch.utils.data.DataLoader(rows, batch_size=None)
     with pytest.raises(GuardConflict, match="no target, without which equal_opportunity"):
         fit([FairnessRegularization("equal_opportunity", max_gap=0.2)], Named, Held(unlabelled), max_epochs=3)
+
+
+@pytest.mark.parametrize("objective", ["adversarial", "mixed", "trades"])
+def test_beside_an_attack_the_rates_are_of_the_rows_that_the_data_hold(objective, monkeypatch):
+    """Nobody is decided about by an attacked row."""
+    decided, trained, moments_of, term_of = [], [], Constraint.moments, Constraint.term
+
+    def watched_moments(self, seen, steepness):
+        decided.append(seen.logits.detach().clone())
+        return moments_of(self, seen, steepness)
+
+    def watched_term(self, seen):
+        trained.append(seen.logits.detach().clone())
+        return term_of(self, seen)
+
+    monkeypatch.setattr(Constraint, "moments", watched_moments)
+    monkeypatch.setattr(Constraint, "term", watched_term)
+    attack = AdversarialTraining(eps=0.5, steps=3, bounds=(0.0, 1.0), objective=objective, collapse="ignore")
+    fair = FairnessRegularization(max_gap=0.01, warmup=0, min_support=1, select=False)
+    pl.seed_everything(0, verbose=False)
+    module = PlainNet(norm=False)
+    module.net[2].p = 0.0
+    wanted = module.eval()(next(iter(loader(shuffle=False)))[0]).detach()
+    fit([attack, fair], module.train(), loader(shuffle=False), limit_train_batches=1, max_epochs=1)
+    torch.testing.assert_close(decided[0], wanted)
+    assert torch.allclose(trained[0], wanted, atol=1e-3) is (objective == "trades")  # which trains on both by itself
