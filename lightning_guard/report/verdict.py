@@ -149,17 +149,26 @@ def _verdict(document: Mapping[str, Any], arm: Mapping[str, Any]) -> Verdict:
 
 
 def _told(document: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
-    """What the guards of an arm said at the end of its runs; what differs in its numbers alone is said once."""
+    """What the guards of an arm said at the end of its runs, once if numbers alone differ; first what few runs said.
+
+    A promise that one seed missed must not hide behind those that all kept.
+    """
     guards = tuple(f"{guard['name']}: " for guard in arm["guards"])
-    alike: dict[str, list[str]] = defaultdict(list)
-    for run in sorted(document["runs"], key=lambda run: run["seed"]):
-        for note in dict.fromkeys(run["notes"]) if run["arm"] == arm["name"] and guards else ():
+    alike: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    runs = sorted((run for run in document["runs"] if run["arm"] == arm["name"]), key=lambda run: run["seed"])
+    for run in runs if guards else ():
+        for note in dict.fromkeys(run["notes"]):
             if note.startswith(guards):
-                alike[re.sub(r"\d[\d.,e+-]*", "0", note)].append(note)
-    return [
-        notes[0] + (f" (Alike in {count(len(notes) - 1, 'further run')}.)" if len(notes) > 1 else "")
-        for notes in alike.values()
-    ]
+                alike[re.sub(r"\d[\d.,e+-]*", "0", note)].append((run["seed"], note))
+    said = []
+    for notes in sorted(alike.values(), key=len):
+        if len(notes) < len(runs):
+            seeds = ", ".join(str(seed) for seed, _ in notes)
+            said.append(f"{notes[0][1]} (Seed{'s' * (len(notes) > 1)} {seeds} of {len(runs)}.)")
+        else:
+            more = f" (Alike in {count(len(notes) - 1, 'further run')}.)" if len(notes) > 1 else ""
+            said.append(notes[0][1] + more)
+    return said
 
 
 def _kind(claim: Mapping[str, Any], word: str) -> str:
