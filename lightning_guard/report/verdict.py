@@ -164,7 +164,7 @@ def _told(document: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
     for notes in sorted(alike.values(), key=len):
         if len(notes) < len(runs):
             seeds = ", ".join(str(seed) for seed, _ in notes)
-            said.append(f"{notes[0][1]} (Seed{'s' * (len(notes) > 1)} {seeds} of {len(runs)}.)")
+            said.append(f"{notes[0][1]} (Seed{'s' * (len(notes) > 1)} {seeds}.)")
         else:
             more = f" (Alike in {count(len(notes) - 1, 'further run')}.)" if len(notes) > 1 else ""
             said.append(notes[0][1] + more)

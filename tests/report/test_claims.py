@@ -164,6 +164,19 @@ def test_what_guards_say_of_their_promise_stands_beside_it_once():
     assert said in html.page(report)
 
 
+def test_a_promise_that_one_seed_missed_is_told_first():
+    results = comparison(arms=2, seeds=3)
+    for run in results["runs"]:
+        if run["arm"] == "arm-1":
+            kept = "was not reached" if run["seed"] == 2 else "is kept"
+            run["notes"] = ["a_guard: first", "a_guard: second", "a_guard: third", f"a_guard: max_gap=0.05 {kept}"]
+    report = computed(documents.prepare(results))
+    first, second, *_ = verdicts(report)[0].told
+    assert first == "a_guard: max_gap=0.05 was not reached (Seed 2.)"
+    assert second == "a_guard: max_gap=0.05 is kept (Seeds 0, 1.)"
+    assert first in html.page(report)
+
+
 def test_publishing_several_private_models_adds_up():
     results = comparison(arms=2, seeds=3)
     results["figures"]["privacy/epsilon"] = {
