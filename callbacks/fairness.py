@@ -39,8 +39,8 @@ _SAYS: dict[str, tuple[str, ...]] = {  # to which modes an option says something
     "weight": _WEIGHTED, "notion": ("constraint", "penalty", "adversarial"), "layer": ("mmd", "hsic", "adversarial"),
     "continuous": ("hsic",), "max_gap": _BOUND, "margin": _BOUND, "intersections": _OF_GROUPS, "min_support": _BOUND,
     "steepness": ("constraint", "penalty"), "step_size": ("constraint", "group_dro"),
-    "memory": ("constraint", "penalty"), "cap": _BOUND, "warmup": _BOUND, "select": _BOUND, "thresholds": _BOUND,
-    "groups": _OF_GROUPS, "count_noise": _QUERYING, "rate_noise": ("constraint", "group_dro"),
+    "memory": ("constraint", "penalty"), "damping": _BOUND, "cap": _BOUND, "warmup": _BOUND, "select": _BOUND,
+    "thresholds": _BOUND, "groups": _OF_GROUPS, "count_noise": _QUERYING, "rate_noise": ("constraint", "group_dro"),
     "loss_bound": ("group_dro",),
 }  # fmt: skip
 _COUPLED = ("penalty", "mmd", "hsic", "adversarial")  # an example's term depends on others of its batch, always
@@ -83,6 +83,8 @@ class FairnessRegularization(Guard):
         step_size: of the multipliers, how fast they rise in an epoch for a gap that is too wide, None is 4; of
             ``group_dro``, in each step, None is 0.01.
         memory: of the running rates, in epochs.
+        damping: in epochs, how far multipliers follow the change of a gap as well, which keeps them from swinging
+            where clipping delays what they do. None is 1 beside DP-SGD, and 0 elsewhere.
         cap: largest multiplier.
         warmup: time before multipliers rise, as a fraction of training (float) or in optimizer steps (int).
         select: take the best weights that keep the gap; else the last are kept.
@@ -142,6 +144,7 @@ class FairnessRegularization(Guard):
         steepness: float = 3.0,
         step_size: float | None = None,
         memory: float | None = None,
+        damping: float | None = None,
         cap: float = 20.0,
         warmup: int | float = 0.1,
         select: bool = True,
@@ -190,6 +193,8 @@ class FairnessRegularization(Guard):
                 raise ValueError(f"{option}={value} moves nothing towards parity; give a positive number")
         if memory is not None and memory < 0:
             raise ValueError(f"memory={memory} is no time; give a number of epochs, at least 0")
+        if damping is not None and not 0 <= damping < float("inf"):
+            raise ValueError(f"damping={damping} is no time; give a finite number of epochs, at least 0")
         if margin is not None and not (max_gap is not None and 0 <= margin < max_gap):
             raise ValueError(f"margin={margin} must be at least 0 and below max_gap={max_gap}")
         if min_support < 1:
@@ -200,7 +205,7 @@ class FairnessRegularization(Guard):
         self.max_gap, self.mode, self.weight, self.margin = max_gap, mode, weight, margin
         self.layer, self.continuous = layer, continuous
         self.intersections, self.min_support, self.steepness = intersections, min_support, steepness
-        self.step_size, self.memory, self.cap, self.warmup = step_size, memory, cap, warmup
+        self.step_size, self.memory, self.damping, self.cap, self.warmup = step_size, memory, damping, cap, warmup
         self.select, self.thresholds, self.batch = select, thresholds, batch
         self.groups, self.count_noise, self.rate_noise, self.loss_bound = groups, count_noise, rate_noise, loss_bound
         coupled = {Trait.COUPLES_EXAMPLES} if mode in _COUPLED else set()
@@ -275,12 +280,13 @@ class FairnessRegularization(Guard):
         if self.mode == "constraint":
             assert self.max_gap is not None
             memory = 0.5 if self.memory is None else self.memory
-            query, least = "", float(self.min_support)
+            query, least, damping = "", float(self.min_support), 0.0
             if self._private:  # of fewer, the noise alone makes as many
-                query, least = "fairness_rates", max(least, 4 * self.count_noise)
+                query, least, damping = "fairness_rates", max(least, 4 * self.count_noise), 1.0
+            damping = damping if self.damping is None else self.damping
             return Constraint(
                 self.notion, self.max_gap, self.margin, self.steepness, self.step_size or 4.0, memory, self.cap, least,
-                query, self.rate_noise,
+                query, self.rate_noise, damping,
             )  # fmt: skip
         if self.mode == "penalty":
             return Penalty(self.notion, weight, self.steepness, 0.1 if self.memory is None else self.memory)

@@ -28,10 +28,11 @@ class Batch:
     Args:
         inputs: position or name of the inputs.
         target: position or name of the target.
-        group: position or name of the group, whole numbers ``(N,)``; negative is unknown.
+        group: position or name of the group, whole numbers ``(N,)``; negative is unknown. Where each class is a group,
+            state both: ``Batch(target=1, group=1)``.
         logits: name of the submodule whose output is the logits; None is the LightningModule's own ``forward``.
         withhold_group: keep the group from ``training_step`` and its siblings, which then see the batch they were
-            written for. Only done while a guard uses the group, and never where the group is also the inputs.
+            written for. Only done while a guard uses the group, and never where that is the inputs or the target too.
 
     Example:
         >>> import torch
@@ -118,7 +119,7 @@ class Batch:
         if not self.withhold_group or isinstance(batch, Tensor):
             return batch
         key = self.find(batch, "group")
-        if key is None or key == self.find(batch, "inputs"):
+        if key is None or key in (self.find(batch, "inputs"), self.find(batch, "target")):
             return batch
         if isinstance(batch, MutableMapping):
             changed = copy.copy(batch)

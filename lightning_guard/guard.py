@@ -256,6 +256,11 @@ class Step:
         from lightning_guard.functional import example_losses
 
         described: Tensor | None = said(self.module, "guard_losses", logits, target)
+        if described is None and target is None:
+            raise GuardConflict(
+                "this batch has no target, so the losses of its examples are not known; say where it is with "
+                "Batch(target=...), or say the losses with GuardMixin.guard_losses"
+            )
         return example_losses(no_probabilities(logits), target) if described is None else described
 
     @contextmanager

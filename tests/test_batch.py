@@ -72,6 +72,11 @@ def test_a_group_that_is_the_inputs_stays():
     assert Batch(inputs="sex", target="y", group="sex").without_group(batch) is batch
 
 
+def test_a_group_that_is_the_target_stays():
+    batch = (X, Y)
+    assert Batch(target=1, group=1).without_group(batch) is batch
+
+
 def test_evaluation_batches_may_lack_the_group():
     assert Batch(group=2).without_group((X, Y)) == (X, Y)
 

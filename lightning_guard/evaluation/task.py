@@ -11,7 +11,7 @@ from lightning_guard.functional import example_losses
 
 
 class Task:
-    """Measures accuracy, cross-entropy, AUC and calibration, or the squared error of a regression.
+    """Measures accuracy, also of the worst class, cross-entropy, AUC and calibration, or squared error of a regression.
 
     Args:
         bins: number of equally wide bins of the confidence in the calibration error.
@@ -19,6 +19,7 @@ class Task:
     | case                                | result                                                       |
     |-------------------------------------|--------------------------------------------------------------|
     | two classes, of one or two logits   | AUC as well                                                  |
+    | more than two classes               | the accuracy of the worst class as well                      |
     | one class alone among the targets   | AUC is None                                                  |
     | floating targets, not just 0 and 1  | a regression: the mean squared error alone                   |
     | outputs that are not numbers        | they count as wrong, what needs them is None, a note says so |
@@ -71,6 +72,11 @@ class Task:
         columns = torch.stack([torch.zeros_like(logits), logits], 1) if logits.dim() == 1 else logits
         add("accuracy", hits.double().mean(), "Accuracy", "fraction", "higher", f"On {n} test examples.")
         evidence.intervals["task/accuracy"] = wilson(int(hits.sum()), n)
+        if columns.shape[1] > 2:
+            shares = {int(c): hits[target == c].double().mean() for c in target.unique()}
+            worst = min(shares, key=lambda c: float(shares[c]))
+            about = f"Of the {int((target == worst).sum())} test examples of class {worst}, the one most often missed."
+            add("worst_class", shares[worst], "Accuracy, worst class", "fraction", "higher", about)
         add("cross_entropy", losses.mean(), "Cross-entropy", "nats", "lower", "Mean over the test examples.")
         if columns.shape[1] == 2:
             about = "How often an example of class 1 scores above one of class 0; ties count half."

@@ -41,6 +41,7 @@ class Constraint(Mode):
         step_size: of the multipliers, an epoch.
         memory: of the running rates, in epochs.
         cap: largest multiplier.
+        damping: of the multipliers, in epochs: how far they follow the change of a gap.
         min_support: rates of fewer training examples are not bounded.
         query: where examples are private, the name of the query that answers for the hard decisions of each draw.
         noise: of that query. The multipliers then follow what it releases and nothing else.
@@ -60,11 +61,12 @@ class Constraint(Mode):
         min_support: float = 30,
         query: str = "",
         noise: float = 0.0,
+        damping: float = 0.0,
     ):
         self.query, self.noise = query, noise
         self.notion: Notion = notion
         self.bound, self.margin, self.steepness = bound, margin, steepness
-        self.step_size, self.cap, self.min_support = step_size, cap, min_support
+        self.step_size, self.damping, self.cap, self.min_support = step_size, damping, cap, min_support
         self.running = Running(memory)
         self.numbers = notion in OF_NUMBERS  # the target is a quantity
         self.active = False  # whether multipliers move, and weigh
@@ -137,9 +139,10 @@ class Constraint(Mode):
 
     def _ready(self, rates: int) -> Multipliers:
         if self.multipliers is None:
-            self.multipliers = Multipliers(self.notion, self.census.families, rates, self.cap)
+            self.multipliers = Multipliers(self.notion, self.census.families, rates, self.cap, self.damping)
             if self._state:
                 self.multipliers.up, self.multipliers.down = self._state["up"].clone(), self._state["down"].clone()
+                self.multipliers.before = self._state.get("before")
         return self.multipliers
 
     def moments(self, seen: Seen, steepness: float | None) -> Any:
@@ -205,7 +208,7 @@ class Constraint(Mode):
         self.gap = float(gaps_of(rates, known, self.census.families, self.notion).amax())
         if self.active:
             speed = self._speed(len(known), present)
-            multipliers.update(rates, known, self.aims(parts, known), speed * share)
+            multipliers.update(rates, known, self.aims(parts, known), speed, share)
 
     def standing(self) -> Tensor:
         """Running sums, squares and counts ``(3, R, G)``, such as there can be: noise leaves sums beyond counts."""
@@ -238,6 +241,8 @@ class Constraint(Mode):
             return dict(self._state)
         pending = {} if self._pending is None else {"pending": self._pending, "rows": self._rows, "at": self._at}
         multipliers = {"up": self.multipliers.up.clone(), "down": self.multipliers.down.clone(), "gap": self.gap}
+        if self.multipliers.before is not None:
+            multipliers["before"] = self.multipliers.before
         noise = {"draws": self._draws, "noise": self._noise} if self.query else {}
         return {**multipliers, **pending, **noise, **self.running.state()}
 

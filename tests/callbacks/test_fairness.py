@@ -53,6 +53,46 @@ def data(batch_size=100, group=None):
     return torch.utils.data.DataLoader(parts, batch_size, shuffle=True)
 
 
+class Several(pl.LightningModule):
+    """Three classes of which one is rare, in batches of two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.05)
+
+
+def rare():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.cat([torch.zeros(700), torch.ones(250), torch.full((50,), 2.0)]).long()
+    x = torch.stack([y - 1.0, (y == 2).float()], 1) + 0.8 * torch.randn(1000, 2, generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 100, shuffle=True), x, y
+
+
+def test_each_class_may_be_a_group():
+    rows, x, y = rare()
+    worst = []
+    for guards in ([], [FairnessRegularization(mode="group_dro", step_size=0.1, batch=Batch(target=1, group=1))]):
+        hits = fit(guards, Several, rows, max_epochs=10)(x).argmax(1) == y
+        worst.append(min(float(hits[y == c].float().mean()) for c in range(3)))
+    assert worst[1] > worst[0] + 0.1
+
+
+def test_a_target_that_is_said_to_be_the_group_alone_is_asked_for():
+    guard = FairnessRegularization(mode="group_dro", batch=Batch(group=1, withhold_group=False))
+    with pytest.raises(GuardConflict, match=r"no target, so the losses.*Batch\(target"):
+        fit([guard], Several, rare()[0], max_epochs=1)
+
+
 @pytest.mark.parametrize("notion", RATE_NOTIONS)
 @pytest.mark.parametrize("batch_size", [100, 16])
 def test_it_narrows_the_gap(notion, batch_size):
@@ -227,6 +267,8 @@ def test_early_stopping_on_the_gap():
         ({"mode": "justice"}, "mode='justice'"),
         ({"steepness": 0.0}, "steepness=0"),
         ({"memory": -1.0}, "memory=-1"),
+        ({"damping": -1.0}, "damping=-1"),
+        ({"damping": 1.0, "mode": "penalty"}, "says nothing to mode='penalty'"),
         ({"min_support": 0}, "min_support=0"),
         ({"warmup": 1.5}, "warmup=1.5"),
         ({"mode": "penalty", "notion": "calibration"}, "notion='calibration'"),

@@ -54,7 +54,9 @@ def test_many_classes(seed):
     assert found["cross_entropy"] == pytest.approx(nn.functional.cross_entropy(logits, target).item())
     wanted = multiclass_calibration_error(logits.softmax(1), target, 5, n_bins=10)
     assert found["calibration_error"] == pytest.approx(wanted.item(), abs=1e-6)
-    assert set(found) == {"accuracy", "cross_entropy", "calibration_error"}
+    recalls = multiclass_accuracy(logits, target, 5, average="none")
+    assert found["worst_class"] == pytest.approx(recalls[target.unique()].min().item())
+    assert set(found) == {"accuracy", "worst_class", "cross_entropy", "calibration_error"}
 
 
 @settings(max_examples=60, deadline=None)

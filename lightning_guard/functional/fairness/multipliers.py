@@ -14,15 +14,21 @@ class Multipliers:
     with :math:`d` from :func:`lightning_guard.functional.fairness.deviations`. The cost of a rate is
     :math:`\mu^+ - \mu^-`, less its mean in the family: only differences between groups are priced.
 
+    A gap answers to its price with a delay, so that multipliers which follow the gap alone overshoot, and swing. With
+    ``damping`` they follow its change as well, :math:`\kappa (d - d_{before})`: they rise early, and stop rising
+    where the gap already closes.
+
     Args:
         notion: what is bounded.
         families: of each group, ``(G,)``.
         rates: R.
         cap: largest multiplier.
+        damping: :math:`\kappa` over the step size, in units of its time: of a step size an epoch, in epochs.
 
     Reference:
         Cotter et al., Optimization with non-differentiable constraints, JMLR 20(172), 2019, arXiv:1809.04198: the
-        multiplier follows the rate itself, the gradient a surrogate of it.
+        multiplier follows the rate itself, the gradient a surrogate of it. Sohrabi et al., On PI controllers for
+        updating Lagrange multipliers in constrained optimization, ICML 2024, arXiv:2406.04558.
 
     Example:
         >>> cost = Multipliers("demographic_parity", torch.tensor([0, 0]), rates=1)
@@ -32,27 +38,33 @@ class Multipliers:
         tensor([[-0.2000,  0.2000]], dtype=torch.float64)
     """
 
-    def __init__(self, notion: Notion, families: Tensor, rates: int, cap: float = 20.0):
-        self.notion, self.families, self.cap = notion, families, cap
+    def __init__(self, notion: Notion, families: Tensor, rates: int, cap: float = 20.0, damping: float = 0.0):
+        self.notion, self.families, self.cap, self.damping = notion, families, cap, damping
         self.up = torch.zeros(rates, len(families), dtype=torch.float64)
         self.down = torch.zeros_like(self.up)
+        self.before: Tensor | None = None  # the deviations of the last update
 
-    def update(self, rates: Tensor, present: Tensor, bound: Tensor | float, step_size: Tensor | float) -> None:
-        """One step of dual ascent on the rates ``(R, G)`` as they are; bound and step size may be of each rate."""
+    def update(
+        self, rates: Tensor, present: Tensor, bound: Tensor | float, step_size: Tensor | float, time: float = 1.0
+    ) -> None:
+        """One step of dual ascent on the rates ``(R, G)`` as they are, after this time since the last.
+
+        Bound and step size may be of each rate; the step size is of a unit of time.
+        """
         bound, step_size = (torch.as_tensor(x, dtype=torch.float64).reshape(-1, 1) for x in (bound, step_size))
         away = deviations(rates.double(), present, self.families, self.notion)
-        if self.notion == "bounded_group_loss":
-            self._step(self.up, away - bound, present, step_size)
-            return
         if self.notion == "calibration":  # bins that each keep their part keep the sum
-            excess, bound = away, bound / BINS
-        else:
-            excess = 2 * away
-        self._step(self.up, excess - bound, present, step_size)
-        self._step(self.down, -excess - bound, present, step_size)
+            bound = bound / BINS
+        elif self.notion != "bounded_group_loss":
+            away = 2 * away
+        change = 0.0 if self.before is None else self.damping * (away - self.before)
+        self.before = away if self.damping else None
+        self._step(self.up, time * (away - bound) + change, present, step_size)
+        if self.notion != "bounded_group_loss":
+            self._step(self.down, time * (-away - bound) - change, present, step_size)
 
-    def _step(self, multiplier: Tensor, excess: Tensor, present: Tensor, step_size: Tensor) -> None:
-        multiplier.add_(torch.where(present, step_size * excess, 0.0)).clamp_(0, self.cap)
+    def _step(self, multiplier: Tensor, move: Tensor, present: Tensor, step_size: Tensor) -> None:
+        multiplier.add_(torch.where(present, step_size * move, 0.0)).clamp_(0, self.cap)
 
     def costs(self, present: Tensor) -> Tensor:
         """The price of each group's rate ``(R, G)``; 0 where it is not judged."""

@@ -151,6 +151,38 @@ def test_multipliers_rise_while_the_bound_is_broken_and_fall_after():
     assert not cost.costs(present).any()
 
 
+def swings(damping):
+    """The gap over time of a network that answers to a price late: half the way in half an epoch."""
+    present = torch.ones(1, 2, dtype=torch.bool)
+    cost = Multipliers("demographic_parity", torch.tensor([0, 0]), 1, damping=damping)
+    gap, gaps = 0.2, []
+    for _ in range(400):
+        cost.update(torch.tensor([[0.0, gap]]), present, 0.05, 10.0, time=0.05)
+        price = float(cost.costs(present)[0, 1])
+        gap += 0.05 * (0.2 - 0.2 * price - gap) / 0.7
+        gaps.append(gap)
+    return torch.tensor(gaps)
+
+
+def test_damping_keeps_a_late_gap_from_swinging():
+    loose, damped = swings(0.0), swings(1.0)
+    assert loose.min() < 0.02  # far through the bound
+    assert damped.min() > 0.045
+    torch.testing.assert_close(damped[-100:], torch.full((100,), 0.05), atol=1e-3, rtol=0)
+
+
+def test_damping_follows_the_change_alone():
+    present, families = torch.ones(1, 2, dtype=torch.bool), torch.tensor([0, 0])
+    rates = [torch.tensor([[0.1, high]]) for high in (0.5, 0.4)]
+    plain, damped = (Multipliers("demographic_parity", families, 1, damping=d) for d in (0.0, 0.5))
+    for cost in (plain, damped):
+        cost.update(rates[0], present, 0.1, 2.0, time=0.1)
+    assert torch.equal(plain.up, damped.up)  # nothing has changed yet
+    for cost in (plain, damped):
+        cost.update(rates[1], present, 0.1, 2.0, time=0.1)
+    torch.testing.assert_close(damped.up - plain.up, torch.tensor([[0.0, 2.0 * 0.5 * -0.1]], dtype=torch.float64))
+
+
 def test_a_group_that_is_not_judged_has_no_price():
     present = torch.tensor([[True, True, False]])
     cost = Multipliers("demographic_parity", torch.tensor([0, 0, 0]), 1)
