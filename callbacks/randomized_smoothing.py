@@ -17,6 +17,8 @@ class RandomizedSmoothing(Guard):
 
     This is the training half. The network alone is not certified: what is, is the smoothed classifier :math:`g`, by
     the evaluator ``Certificate``, which takes ``sigma`` from here. Each example gets its own noise in every step.
+    Beside ``AdversarialTraining`` the attack climbs the loss of the noisy input, SmoothAdv with one draw of noise
+    (Salman et al., 2019), which certifies larger radii.
     Noisy inputs leave the bounds of images by design. A larger ``sigma`` certifies larger radii and costs accuracy.
 
     Args:
@@ -37,7 +39,8 @@ class RandomizedSmoothing(Guard):
 
     Reference:
         Cohen, Rosenfeld and Kolter, Certified Adversarial Robustness via Randomized Smoothing, ICML 2019,
-        arXiv:1902.02918.
+        arXiv:1902.02918. Salman et al., Provably Robust Deep Learning via Adversarially Trained Smoothed Classifiers,
+        NeurIPS 2019, arXiv:1906.04584.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -73,11 +76,18 @@ class RandomizedSmoothing(Guard):
     def on_batch(self, step: Step) -> Any:
         if self.off:
             return step.batch
-        x = step.inputs
+        if step.clean is not None:
+            step.clean = self.noisy(step.clean, step)
+        return step.with_inputs(self.noisy(step.inputs, step))
+
+    def noisy(self, x: Tensor, step: Step) -> Tensor:
+        """The inputs with the noise of this step, the same at every call."""
+        if self.off:
+            return x
         if not self._checked:
             self._check(x)
             self._checked = True
-        return step.with_inputs(self.noise.add(x, stream(self._seed, step.index, step.run.rank, device=x.device)))
+        return self.noise.add(x, stream(self._seed, step.index, step.run.rank, device=x.device))
 
     def notes(self) -> list[str]:
         if self.off:

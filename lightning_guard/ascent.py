@@ -28,7 +28,10 @@ Climb = Callable[[Tensor], Tensor]  # from moved inputs to what each example's a
 
 @dataclass
 class Ground:
-    """Where an attack moves: the inputs themselves, or what an embedding makes of them."""
+    """Where an attack moves: the inputs themselves, or what an embedding makes of them.
+
+    The network is asked about moved inputs with the noise of this step on them, if a guard adds some.
+    """
 
     step: Step
     given: Any  # to the network
@@ -43,7 +46,7 @@ class Ground:
             return cls(step, given, given)
         layer = step.module.get_submodule(embedding)
         with explained(f"embedding={embedding!r}"):
-            return cls(step, given, *embedded(layer, lambda: step.forward(given)), layer)
+            return cls(step, given, *embedded(layer, lambda: step.forward(_noisy(given, step))), layer)
 
     @contextmanager
     def at(self, moved: Tensor) -> Iterator[None]:
@@ -57,9 +60,15 @@ class Ground:
     def logits(self, moved: Tensor | None = None) -> Tensor:
         """Logits at a moved point; None is the clean one."""
         if moved is None:
-            return self.step.forward(self.given)
+            return self.step.forward(_noisy(self.given, self.step))
         with self.at(moved):
-            return self.step.forward(moved if self.layer is None else self.given)
+            return self.step.forward(_noisy(moved if self.layer is None else self.given, self.step))
+
+
+def _noisy(x: Any, step: Step) -> Any:
+    for guard in step.run.guards:
+        x = guard.noisy(x, step)
+    return x
 
 
 def up(at: Ground, y: Any) -> Climb:

@@ -377,6 +377,11 @@ class Guard(pl.Callback):
         """The batch to train on."""
         return step.batch
 
+    def noisy(self, x: Tensor, step: Step) -> Tensor:
+        """These inputs with the noise that this guard adds in this step; the same for every call, so that an attack,
+        which comes before, climbs what the network will see."""
+        return x
+
     @contextmanager
     def during(self, step: Step) -> Iterator[None]:
         """A context around the user's own ``training_step``."""

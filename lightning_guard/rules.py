@@ -238,10 +238,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "adversarial_training",
         "randomized_smoothing",
-        Verdict.REFUSED,
-        "noise on top of an attacked input takes it out of the threat model, and it is no longer the worst there",
-        "train with one of them; an attack on the smoothed classifier is another method",
-        "tests/test_refusals.py; Salman et al., NeurIPS 2019, arXiv:1906.04584, for another method",
+        Verdict.SOUND,
+        "the attack climbs the loss of the noisy input, so that what is trained on is the worst beneath that noise",
+        "one draw of noise stands for the smoothed classifier; certify it with norm='l2' in training",
+        "Salman et al., NeurIPS 2019, arXiv:1906.04584; tests/callbacks/test_randomized_smoothing.py",
     ),
     Rule(
         "adversarial_training",

@@ -444,6 +444,11 @@ FITTING = {  # what recipes for real networks need on one of six inputs, trained
     "low-rank": ["--guards.low_rank.rank", "2", "--guards.low_rank.min_rank", "1"],
     # noise of 50 would drown the counts of 64 rows
     "private-and-fair": ["--trainer.max_epochs", "1", "--guards.fairness.count_noise", "2"],
+    # of images, so without groups of their own; ranges of inputs want larger draws than 16
+    "trustworthy": [
+        *("--data.form", "pair", "--trainer.max_epochs", "1", "--guards.fairness.count_noise", "2"),
+        *("--guards.quantization.activation_bits", "null"),
+    ],
     "pruning-2-4": ["--guards.magnitude_pruning.ignore", "[net.0]"],
     "pruning-lottery": ["--guards.magnitude_pruning.rewind", "0", "--guards.magnitude_pruning.rounds", "1"],
 }

@@ -23,7 +23,6 @@ from lightning_guard.callbacks import (
     MagnitudePruning,
     PrivacyAudit,
     QuantizationAwareTraining,
-    RandomizedSmoothing,
     SampleLedger,
     WeightClustering,
 )
@@ -225,16 +224,6 @@ def put_back(monkeypatch):
     assert zeros[-1] < 0.6  # promised: 0.7, from step 7 on
 
 
-def outside(monkeypatch):
-    def farthest(*guards):
-        seen = torch.cat(fit(list(guards), lambda: Net(0.0), data(), max_epochs=1).seen)
-        return float((seen - rows()[0]).abs().max())
-
-    attack = {"eps": 0.1, "steps": 2, "seed": 1}
-    assert farthest(AdversarialTraining(**attack)) <= 0.1 + 1e-6
-    assert farthest(AdversarialTraining(**attack), RandomizedSmoothing(0.3)) > 0.5
-
-
 def parted(monkeypatch):
     def values(*others):
         shared = WeightClustering(clusters=4, start=0.0, end=0.5, every=2)
@@ -290,9 +279,6 @@ HARM = {
         watched, lambda: [private(), AdversarialTraining(**SINGLE)],
     ),
     "+ on_weights": (put_back, lambda: [AdversarialTraining(**SINGLE), MagnitudePruning(0.7)]),
-    "adversarial_training + randomized_smoothing": (
-        outside, lambda: [AdversarialTraining(0.1), RandomizedSmoothing(0.3)],
-    ),
     "quantization + weight_clustering": (parted, lambda: [WeightClustering(4), QuantizationAwareTraining()]),
     "dp_sgd (users is not None) + privacy_audit": (
         nobodys, lambda: [private(users=PEOPLE), PrivacyAudit(canaries=32)],
