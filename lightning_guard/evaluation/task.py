@@ -73,10 +73,9 @@ class Task:
         add("accuracy", hits.double().mean(), "Accuracy", "fraction", "higher", f"On {n} test examples.")
         evidence.intervals["task/accuracy"] = wilson(int(hits.sum()), n)
         if columns.shape[1] > 2:
-            shares = {int(c): hits[target == c].double().mean() for c in target.unique()}
-            worst = min(shares, key=lambda c: float(shares[c]))
-            about = f"Of the {int((target == worst).sum())} test examples of class {worst}, the one most often missed."
-            add("worst_class", shares[worst], "Accuracy, worst class", "fraction", "higher", about)
+            worst = torch.stack([hits[target == c].double().mean() for c in target.unique()]).min()
+            about = "Of the class that is missed most often, which may be another one in each arm."
+            add("worst_class", worst, "Accuracy, worst class", "fraction", "higher", about)
         add("cross_entropy", losses.mean(), "Cross-entropy", "nats", "lower", "Mean over the test examples.")
         if columns.shape[1] == 2:
             about = "How often an example of class 1 scores above one of class 0; ties count half."
