@@ -52,7 +52,7 @@ def compare_finished(own: argparse.Namespace, shared: Sequence[str], command: st
         RecipeError: for a folder that holds neither, for runs on other data or judged otherwise, and for options that
             only a training has.
     """
-    for name in ("arm", "sweep", "reference", "resplit"):
+    for name in ("arm", "sweep", "reference", "resplit", "lira"):
         if getattr(own, name):
             raise RecipeError(f"--runs compares what is finished; leave out --{name}")
     if any(name not in FILES for name, _, _ in pairs(shared)):
@@ -85,6 +85,8 @@ def compare_finished(own: argparse.Namespace, shared: Sequence[str], command: st
     if asked:
         document["accept"] = asked
     document["limits"].append("The runs were brought together after they had ended; attacks were not transferred.")
+    if any(runs and load_report(folder).get("lira") for folder, runs in zip(folders, kept, strict=True)):
+        document["limits"].append("Offline LiRA was made in one of the folders; it stays there and is not shown here.")
     return ended(finish(document, out, own.publishable))
 
 

@@ -23,6 +23,7 @@ from lightning_guard.recipe import Recipe, RecipeError, find, merged, nearest, p
 from lightning_guard.report.combined import combined, told
 from lightning_guard.report.compare import Arm, Parts, compare_arms
 from lightning_guard.report.given import SUFFIXES, FromCheckpoint
+from lightning_guard.report.lira import too_few
 from lightning_guard.report.runs import plain_text
 from lightning_guard.report.witness import Withholding
 
@@ -99,6 +100,7 @@ def compare(args: Sequence[str]) -> int:
             accept=gates_of({name: cli.accept for name, cli in list(arms.items())[1:]}, own.inconclusive),
             resplit=own.resplit,
             publishable=own.publishable,
+            lira=own.lira,
             combinations=told([name for name, _ in arms_stated], made_of, refusals) if own.combine else None,
         )
     return 0 if own.worker else ended(place)
@@ -132,6 +134,7 @@ def _split(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--title", default="Guarded and unguarded models")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--resplit", action="store_true")
+    parser.add_argument("--lira", type=int, default=0)
     parser.add_argument("--publishable", action="store_true")
     parser.add_argument("--inconclusive", default="")
     parser.add_argument("--runs", nargs="+", default=[])
@@ -147,6 +150,8 @@ def _split(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("seeds", "workers"):
         if getattr(own, name) < 1:
             raise RecipeError(f"--{name}: {getattr(own, name)} is too few; give at least 1")
+    if own.lira and (problem := too_few(own.lira)):
+        raise RecipeError(f"--lira: {problem}")
     return own, shared
 
 

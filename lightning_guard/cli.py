@@ -54,6 +54,8 @@ _VERBS = {
   --title TEXT           of the report
   --workers N            processes that share the runs (1)
   --resplit              split train and validation by seed, where the data module has `split_seed`
+  --lira N               also train N models of every arm on random halves of the rows, even and at least 6, and ask
+                         them by offline LiRA who was in the training data (none)
   --inconclusive WHAT    whether gates (`accept:` in a file) that cannot be decided fail or pass (fail)
   --publishable          write public/ too: the report without pictures of data, and what publishing would leak
   --runs FOLDER FOLDER   instead of training: folders of finished comparisons, or of `fit` with its checkpoint

@@ -1,5 +1,6 @@
 """What a finished model tells about whom it was trained on, and what its training claims of that."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,7 +36,7 @@ class Privacy:
     Two attacks that need nothing but the model (Yeom et al., 2018): a threshold on the loss, and the same for each
     class by itself. Their non-members are the examples of ``loader``, their members those of ``Subject(train=...)``.
     The stronger offline LiRA needs further models that were not trained on the same rows:
-    :func:`lightning_guard.report.lira.reference_attack` trains them.
+    ``lightning-guard compare --lira 8`` trains them.
 
     An attack that fails proves nothing. One that succeeds beyond what a claim of (epsilon, delta) allows refutes it,
     or shows that the two sets of examples differ in more than membership.
@@ -117,7 +118,7 @@ class Privacy:
                 "From epsilon at several deltas, for an attacker who knows all other examples.",
                 x_unit="fraction", y_unit="fraction",
             )  # fmt: skip
-            evidence.notes += _beyond(attacks, claims)
+            evidence.notes += beyond(attacks, [claims])
         evidence |= self._parts(trained, subject, attacks[lead], alone, lead)
         return evidence
 
@@ -269,20 +270,32 @@ def _claimed(told: dict[str, Any]) -> Evidence:
     return evidence
 
 
-def _beyond(attacks: dict[str, tuple[Vector, Vector]], claims: Any) -> list[str]:
-    """A sentence where an attack surely finds more than is allowed: both rates at once, corrected for all looks."""
+def beyond(attacks: dict[str, tuple[Vector, Vector]], claims: Sequence[Any], models: int = 1) -> list[str]:
+    """A sentence where an attack surely finds more than is allowed: both rates at once, corrected for all looks.
+
+    Args:
+        attacks: scores of trained and of held-out examples, by the key of the attack.
+        claims: pairs of epsilon and delta of each model.
+        models: whose scores these are together; what is sure is then as of one of them.
+    """
     miss = 0.05 / (2 * len(GRID) * len(attacks))
     for key, (members, others) in attacks.items():
         for limit in GRID[:-1]:
             found = rate_at(members, others, float(limit))
-            sure = clopper_pearson(found.hits, found.members, 1 - 2 * miss)[0]
-            most = largest_rate(claims, clopper_pearson(found.alarms, found.others, 1 - 2 * miss)[1])
+            sure = clopper_pearson(found.hits // models, found.members // models, 1 - 2 * miss)[0]
+            alarms = clopper_pearson(-(-found.alarms // models), found.others // models, 1 - 2 * miss)[1]
+            most = max(largest_rate(pairs, alarms) for pairs in claims)
             if sure > most:
+                why = (
+                    "The claim is wrong: members and non-members were drawn alike."
+                    if models > 1
+                    else "Either the claim is wrong, or training and test examples differ otherwise: see whether they "
+                    "have drifted apart."
+                )
                 return [
-                    f"The attack {NAMES[key]} finds more members than the claim of epsilon = {claims[0][0]:.3g} "
+                    f"The attack {NAMES[key]} finds more members than the claim of epsilon = {claims[0][0][0]:.3g} "
                     f"allows: {found.hits} of {found.members} at {found.alarms} false alarms among {found.others}, "
-                    f"where {most:.1%} is the most. Either the claim is wrong, or training and test examples differ "
-                    "otherwise: see whether they have drifted apart."
+                    f"where {most:.1%} is the most. {why}"
                 ]
     return []
 

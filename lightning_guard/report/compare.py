@@ -26,6 +26,7 @@ from lightning_guard.report.frames import Comparison
 from lightning_guard.report.front import recognised
 from lightning_guard.report.gates import asked_of
 from lightning_guard.report.given import Given, told_apart
+from lightning_guard.report.halved import attacked, half_runs, support_of
 from lightning_guard.report.kept import finish, keep_arms
 from lightning_guard.report.matched import matched
 from lightning_guard.report.paired import changes
@@ -47,6 +48,7 @@ def compare(
     references: Sequence[str] = (),
     accept: Mapping[str, Any] | None = None,
     resplit: bool = False,
+    lira: int = 0,
 ) -> dict[str, Any]:
     """Train every arm on the same seeds, initial weights and data order, and write what each gained and cost.
 
@@ -68,6 +70,9 @@ def compare(
             docs/comparison.md. What was found is under ``gates``.
         resplit: split the training data into train and validation by seed, where the data module lets that be
             chosen (``split_seed``).
+        lira: train so many models of every arm on random halves of the training rows too, even and at least 6, and
+            attack them by offline LiRA, see :func:`lightning_guard.report.lira.reference_attack`. What was found is
+            under ``lira``; 0 is none.
 
     Returns:
         The content of ``report.json``; ``report.html``, ``report.md`` and ``metrics.csv`` lie beside it.
@@ -115,6 +120,7 @@ def compare(
         references=references,
         accept={name: accept or {} for name in list(arms)[1:]},
         resplit=resplit,
+        lira=lira,
     )
     return Comparison(load_report(folder))
 
@@ -134,6 +140,7 @@ def compare_arms(
     accept: Mapping[str, Mapping[str, Any]] | None = None,
     resplit: bool = False,
     publishable: bool = False,
+    lira: int = 0,
 ) -> Path:
     """Train and judge what is not yet there, then write the report; the form under :func:`compare`.
 
@@ -152,6 +159,7 @@ def compare_arms(
         accept: by arm, what must hold of it, see :func:`lightning_guard.report.gates.rules`.
         resplit: split train and validation by seed.
         publishable: write what may leave the house into ``public/`` too.
+        lira: how many models of every arm are trained on halves of the rows and attacked.
 
     Returns:
         The path of ``report.html``.
@@ -177,17 +185,18 @@ def compare_arms(
         for arm, source in zip(arms, sources, strict=True)
         if arm.given is None or seed == seeds[0] or getattr(arm.given, "seeded", True)
     ]
+    halves = half_runs(lira, arms, built, sources, seeds[0], place, shares_group, resplit) if lira else []
     if worker:
         del built
-        for run in runs:
+        for run in (*runs, *halves):
             if run.result() is None and run.claim():
                 run.carry_out(pl.Callback())
         return place
     data = described(runs[0], built[0], place)
     del built
-    for run in runs:
+    for run in (*runs, *halves):
         run.unclaim()
-    carry_out(runs, workers, argv)
+    carry_out([*runs, *halves], workers, argv)
     keep_arms(arms, place)
     matrices = transferred(runs)  # first: it adds to the results, which the others copy
     document = assembled(arms, seeds, with_agreement(runs, with_flips(runs)), title, command, matrices, resplit)
@@ -196,6 +205,9 @@ def compare_arms(
     document["changes"] = [entry for entry in changes(runs) if entry["figure"] in document["figures"]]
     document["matched"] = [entry for entry in matched(runs) if entry["figure"] in document["figures"]]
     document["composition"] = composition
+    if lira:
+        own = {arm.name: arm.given is None for arm in arms}
+        document["lira"] = attacked(place, own, lira, seeds[0], support_of(judges))
     if combinations:
         document["combinations"] = dict(combinations)
     if asked:

@@ -219,6 +219,15 @@ def _dangling(document: Mapping[str, Any]) -> Iterator[str]:
     for position, bars in enumerate((document.get("data") or {"bars": []})["bars"]):
         if len(bars["values"]) != len(bars["categories"]):
             yield f"data.bars[{position}]: {len(bars['values'])} values for {len(bars['categories'])} categories"
+    section = document.get("lira") or {"arms": [], "bars": []}
+    wide = {item["key"]: len(item["categories"]) for item in section["bars"]}
+    for position, one in enumerate(section["arms"]):
+        here = f"lira.arms[{position}]"
+        yield from _unknown(f"{here}.arm", [one["arm"]], names, "arms")
+        yield from _unknown(f"{here}.bars", one["bars"], wide, "lira.bars")
+        for key, heights in one["bars"].items():
+            if len(heights) != wide.get(key, len(heights)):
+                yield f"{here}.bars.{key}: {len(heights)} values for {wide[key]} categories"
     for key, matrix in document["matrices"].items():
         yield from _unknown(f"matrices.{key}.arms", matrix["arms"], names, "arms")
         sizes = [len(matrix["values"]), *map(len, matrix["values"])]

@@ -51,8 +51,8 @@ def of_axes(document: Mapping[str, Any]) -> dict[str, list[Picture]]:
     return {axis: [picture for picture in drawn if picture] for axis, drawn in pictures.items()}
 
 
-def bars(document: Mapping[str, Any], key: str) -> Picture | None:
-    """Draws one value a category and arm as dots, so that the seeds can be seen."""
+def bars(document: Mapping[str, Any], key: str, called: str = "") -> Picture | None:
+    """Draws one value a category and arm as dots, so that the seeds can be seen; ``called`` names the drawing."""
     spec, looks = document["bars"][key], drawing.looks(document)
     unit = spec.get("y_unit", "")
     table = {
@@ -93,7 +93,7 @@ def bars(document: Mapping[str, Any], key: str) -> Picture | None:
             f"{category}: " + (", ".join(f"{arm} {shown(mean, unit)}" for arm, mean in arms.items()) or "not estimable")
             for category, arms in means.items()
         )
-        svg = drawing.to_svg(page, _name("bars", document["bars"], key), f"{spec['label']}. {said}.")
+        svg = drawing.to_svg(page, called or _name("bars", document["bars"], key), f"{spec['label']}. {said}.")
     return Picture(spec["label"], spec["about"], svg, legend=not roomy)
 
 

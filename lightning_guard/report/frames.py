@@ -17,6 +17,7 @@ _COLUMNS = {
     "summary": ("arm", "figure", "n", "mean", "sd", "min", "max", "difference", "word", "unit"),
     "curves": ("arm", "seed", "curve", "x", "y"),
     "bars": ("arm", "seed", "bars", "category", "value"),
+    "lira": ("arm", "figure", "value", "low", "high", "unit"),
     "notes": ("arm", "seed", "note"),
     "arms": ("arm", "baseline", "guard", "option", "value"),
 }
@@ -30,8 +31,8 @@ def frames(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
     Returns:
         ``runs`` (arm, seed, figure, value, low and high of its test-set interval, unit), ``summary`` (over seeds, with
-        the mean paired difference from the baseline), ``curves``, ``bars``, ``notes`` and ``arms`` (guards and their
-        options). What is not estimable is missing. Frames without rows keep their columns.
+        the mean paired difference from the baseline), ``curves``, ``bars``, ``lira``, ``notes`` and ``arms`` (guards
+        and their options). What is not estimable is missing. Frames without rows keep their columns.
 
     Example::
 
@@ -58,6 +59,12 @@ def frames(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         told = (entry[key] for key in ("n", "mean", "sd", "min", "max"))
         unit = figures[entry["figure"]]["unit"]
         rows["summary"].append((entry["arm"], entry["figure"], *told, paired["mean"], paired["word"], unit))
+    section = report.get("lira") or {"arms": [], "figures": []}
+    for one in section["arms"]:
+        for item in section["figures"]:
+            if item["key"] in one["values"]:
+                low, high = one["intervals"].get(item["key"]) or (None, None)
+                rows["lira"].append((one["arm"], item["key"], one["values"][item["key"]], low, high, item["unit"]))
     for arm in report["arms"]:
         for guard in arm["guards"]:
             for option, value in guard["options"].items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_guard.report import composed, drawing, figures, front, groups, matrix, verdict, view
+from lightning_guard.report import attacked, composed, drawing, figures, front, groups, matrix, verdict, view
 from lightning_guard.report.summary import baseline
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ def page(document: Mapping[str, Any], signatures: Sequence[Signature] = ()) -> s
             data=groups.data(document),
             drawn=view.drawn(document),
             fronts=front.pictures(document),
+            lira=attacked.table(document),
+            lira_about=attacked.about(document),
+            lira_pictures=attacked.pictures(document),
+            lira_title=attacked.TITLE,
             looks=drawing.looks(document),
             matched=groups.matched(document),
             matched_about=groups.matched_reading(document) if document.get("matched") else "",

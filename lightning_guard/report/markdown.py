@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_guard.report import composed, front, groups, view
+from lightning_guard.report import attacked, composed, front, groups, view
 from lightning_guard.report import matrix as together
 from lightning_guard.report.summary import baseline
 from lightning_guard.report.verdict import answers, certainty, outcome, verdicts
@@ -46,6 +46,12 @@ def text(document: Mapping[str, Any], signatures: Sequence[Signature] = ()) -> s
             lines.append("")
         if section.axis == "task" and (same := groups.matched(document)) is not None:
             lines += [*_table(same.heads, same.texts), "", plain(groups.matched_reading(document)), ""]
+        if section.axis == "privacy" and (said := attacked.about(document)):
+            lines += [f"## {plain(section.title)}", ""] * (not section.rows)
+            lines += [f"**{attacked.TITLE}.** {plain(said[0])}", ""]
+            if (listed := attacked.table(document)) is not None:
+                lines += [*_table(listed.heads, listed.texts), ""]
+            lines += [*(f"- {plain(line)}" for line in said[1:]), ""]
         if section.axis == "fairness" and (changes := groups.changes(document)):
             lines += ["**Change of group gaps on the same examples.** " + plain(groups.reading(document)), ""]
             heads = [arm["name"] for arm in document["arms"] if not arm["baseline"]]

@@ -10,6 +10,14 @@ from lightning_guard.functional.privacy import everyone, population
 _AT_ONCE = 512
 
 
+def partly(trainer: pl.Trainer) -> str:
+    """Why this trainer sees a part of the rows only; nothing if it sees all of them."""
+    for name, whole in (("overfit_batches", 0), ("limit_train_batches", 1.0)):
+        if (value := getattr(trainer, name)) != whole:
+            return f"{name}={value} trained on a part of the rows, and which is not recorded"
+    return ""
+
+
 def trained_on(trainer: pl.Trainer, data: Any) -> DataLoader | str:
     """Every row that this training has seen, each once and in their order, or why they are not known.
 
@@ -22,9 +30,8 @@ def trained_on(trainer: pl.Trainer, data: Any) -> DataLoader | str:
     | training that saw a part of the rows only        | the reason: an attack would take strangers for members  |
     | Poisson sampling                                 | all rows: whether one was drawn is part of the secret   |
     """
-    for name, whole in (("overfit_batches", 0), ("limit_train_batches", 1.0)):
-        if (value := getattr(trainer, name)) != whole:
-            return f"{name}={value} trained on a part of the rows, and which is not recorded"
+    if reason := partly(trainer):
+        return reason
     loader = data.train_dataloader()
     loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
     try:

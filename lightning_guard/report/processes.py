@@ -51,12 +51,12 @@ def carry_out(runs: Sequence[ArmRun], workers: int, argv: Sequence[str] | None) 
                 for run in runs:
                     if run not in told and (result := run.result()) is not None:
                         told.add(run)
-                        console.print(f"{run.arm.name}, seed {run.seed}: {_headline(result)}")
+                        console.print(f"{run.title}: {_headline(result)}")
                 progress.update(bar, completed=len(told), description=description)
 
             for run in runs:
                 if run.result() is None and run.claim():
-                    look(f"{run.arm.name}, seed {run.seed}")
+                    look(run.title)
                     run.carry_out(_Epochs(look, run))
             while any(helper.poll() is None for helper, _ in helpers):
                 look("waiting for the other processes")
@@ -88,7 +88,7 @@ class _Epochs(pl.Callback):
         self.look, self.run = look, run
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.look(f"{self.run.arm.name}, seed {self.run.seed}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+        self.look(f"{self.run.title}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
 
 def _headline(result: Mapping[str, Any]) -> str:

@@ -29,7 +29,8 @@ def publishable(report: Mapping[str, Any]) -> dict[str, Any]:
     | the command, the source revision         | left out: they may hold names and paths         |
     | limits                                   | what publishing would leak, and what is left out |
 
-    Weights, predictions and attacked inputs are no part of any report; they stay in ``runs/``.
+    Weights, predictions, attacked inputs and the scores of reference models are no part of any report; they stay in
+    ``runs/``.
     """
     found = copy.deepcopy(dict(report))
     for run in found["runs"]:

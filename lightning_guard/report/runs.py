@@ -74,6 +74,11 @@ class ArmRun:
         self.fingerprint = sha256(plain_text(parts))
         self._result: dict[str, Any] | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is called while it runs."""
+        return f"{self.arm.name}, seed {self.seed}"
+
     def result(self) -> dict[str, Any] | None:
         """What the run found, if it has ended and nothing that decides it has changed since."""
         path = self.folder / "result.json"

@@ -12,7 +12,10 @@ from lightning_guard.report.summary import in_order
 
 
 def metrics(document: Mapping[str, Any]) -> str:
-    """Returns ``metrics.csv``: arm, seed, figure, value, unit. A value that is not estimable is empty."""
+    """Returns ``metrics.csv``: arm, seed, figure, value, unit. A value that is not estimable is empty.
+
+    What is of an arm and of no seed, as offline LiRA is, has none.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["arm", "seed", "figure", "value", "unit"])
@@ -23,6 +26,12 @@ def metrics(document: Mapping[str, Any]) -> str:
                 value, unit = run["values"][figure], document["figures"][figure]["unit"]
                 # csv writes a float by repr, so a number comes back bit for bit, and None as nothing.
                 writer.writerow([harmless(run["arm"]), run["seed"], harmless(figure), value, harmless(unit)])
+    section = document.get("lira") or {"arms": [], "figures": []}
+    for one in section["arms"]:
+        for item in section["figures"]:
+            if item["key"] in one["values"]:
+                told = one["values"][item["key"]], harmless(item["unit"])
+                writer.writerow([harmless(one["arm"]), "", harmless(item["key"]), *told])
     return stream.getvalue()
 
 

@@ -10,6 +10,7 @@ from lightning_guard.report.agreement import with_agreement
 from lightning_guard.report.assembly import assembled
 from lightning_guard.report.computed import computed
 from lightning_guard.report.document import ReportError, clean, load, plain, prepare
+from lightning_guard.report.halved import remade_attacks
 from lightning_guard.report.kept import KeptRun, kept_runs
 from lightning_guard.report.manifest import contents, read_manifest, seal
 from lightning_guard.report.matched import matched
@@ -53,7 +54,7 @@ def verify(folder: Path, build: Build | None = None, full: bool = False, expecte
         runs = kept_runs(place)
     except (ReportError, KeyError, ValueError, OSError) as error:
         return [*found, Finding("runs", "differs", f"cannot be read: {error}")]
-    found += [*_recipes(runs, report), *_told(runs, report, place)]
+    found += [*_recipes(runs, report), *_told(runs, report, place), *remade_attacks(report, place)]
     for run in runs:
         where = f"{run.arm.name}, seed {run.seed}"
         found += [finding._replace(where=where) for finding in remade(run, build, full)]
@@ -216,5 +217,5 @@ def _part(report: Mapping[str, Any], part: str, again: Any) -> Any:
 
 _KNOWN = (
     *("schema", "title", "created", "provenance", "arms", "figures", "curves", "bars", "runs", "limits"),
-    *("changes", "matched", "data", "accept"),
+    *("changes", "matched", "data", "accept", "lira"),
 )

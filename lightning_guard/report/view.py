@@ -66,6 +66,8 @@ def sections(document: Mapping[str, Any]) -> list[Section]:
             for key, spec in document[kind].items()
         }
     )
+    if document.get("lira"):
+        groups.setdefault("privacy", [])
     result = []
     for axis, keys in groups.items():
         rows = []
