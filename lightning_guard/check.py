@@ -3,12 +3,12 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from shutil import get_terminal_size
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
@@ -169,7 +169,25 @@ class Rehearsal:
     left: list[str] = field(default_factory=list)  # what guards did not undo
 
 
-def rehearse(cli: GuardCLI, callbacks: Sequence[pl.Callback] = (), logs: bool = True) -> Rehearsal:
+class Trainable(Protocol):
+    """What can be built again and again: a configuration, or an arm of Python callbacks."""
+
+    config: Any
+    trainer: Any
+    model: Any
+    datamodule: Any
+
+    def build(
+        self,
+        callbacks: Sequence[pl.Callback] = (),
+        without: tuple[type, ...] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make fresh ``trainer``, ``model`` and ``datamodule``."""
+        ...
+
+
+def rehearse(cli: Trainable, callbacks: Sequence[pl.Callback] = (), logs: bool = True) -> Rehearsal:
     """Train freshly built parts for one optimizer step, leaving no file behind.
 
     The run ends by itself after that step: with ``max_steps=1`` instead, guards would judge another training.
@@ -242,7 +260,7 @@ def _callables(module: nn.Module) -> Iterator[str]:
                         yield f"{name}.{attribute}[{key}]".lstrip(".")
 
 
-def _ours(cli: GuardCLI) -> Iterator[str]:
+def _ours(cli: Trainable) -> Iterator[str]:
     if current(cli.model) is not None:
         yield "the pipeline of the guards"
     trainer = cli.trainer

@@ -39,7 +39,8 @@ def judge(run: Run) -> Iterator[str]:
     for callback in callbacks_of(run.trainer):
         classes = {cls.__name__ for cls in type(callback).__mro__}
         for rule in RULES:
-            for guard in run.guards if rule.second in classes else ():
+            refuses = rule.verdict is Verdict.REFUSED and rule.second in classes
+            for guard in run.guards if refuses else ():
                 if not guard.off and _is(guard, rule.first):
                     yield f"{guard.name} and {type(callback).__name__}: {rule.reason}; {rule.remedy}"
 

@@ -759,6 +759,23 @@ RULES: tuple[Rule, ...] = (
         "tests/test_composition.py",
     ),
     Rule(
+        "dp_sgd",
+        "StochasticWeightAveraging",
+        Verdict.SOUND_IF,
+        "an average of weights that are private already costs nothing, and its learning rate follows the epoch alone",
+        "have no BatchNorm, frozen or not, whose statistics it would take anew, without noise; it averages the weights "
+        "at the beginning of epochs, so the last epoch is paid for and in no average: WeightAveraging has every step",
+        "by post-processing; tests/test_private_forms.py: it is the average of the weights that epochs began with",
+    ),
+    Rule(
+        "dp_sgd",
+        "WeightAveraging",
+        Verdict.SOUND,
+        "an average of weights that are private already costs nothing",
+        "a longer average hides more of the noise",
+        "by post-processing; tests/test_private_forms.py; De et al., 2022, arXiv:2204.13650, average so",
+    ),
+    Rule(
         "rewrite",
         "StochasticWeightAveraging",
         Verdict.REFUSED,

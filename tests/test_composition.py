@@ -69,7 +69,7 @@ def test_every_word_and_setting_of_the_table_is_one_that_there_is():
     words = {*names, *Trait, ANY, ASKS_ONCE, "rewrite", "on_batch", "on_loss", "on_weights"}
     for rule in RULES:
         assert rule.first in words, rule.together
-        assert rule.second in words | {"StochasticWeightAveraging"}, rule.together
+        assert rule.second in words | {"StochasticWeightAveraging", "WeightAveraging"}, rule.together
         for word, settings in ((rule.first, rule.first_has), (rule.second, rule.second_has)):
             for setting in settings if word in names else ():
                 assert hasattr(options[word], setting.option), (rule.together, setting)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -35,7 +35,7 @@ from lightning_guard.functional.privacy import Draws, Findings, Noise, NoisySum,
 from lightning_guard.functional.privacy import queries as queries_module
 from lightning_guard.functional.privacy.records import Masked
 from lightning_guard.functional.quantization import fake_quantized
-from lightning_guard.guard import GuardConflict
+from lightning_guard.guard import Guard, GuardConflict
 from lightning_guard.mixins import GuardMixin
 from lightning_guard.parity import GroupDRO, Seen
 from lightning_guard.private import PrivateSums
@@ -80,6 +80,10 @@ def attack(**options):
     return AdversarialTraining(eps=0.1, steps=2, bounds=(0.0, 1.0), seed=1, **options)
 
 
+def averaging(**options):
+    return StochasticWeightAveraging(**{"swa_lrs": 0.02, "swa_epoch_start": 3, "annealing_epochs": 2, **options})
+
+
 _kept = TemporaryDirectory()
 
 
@@ -106,6 +110,8 @@ FORMS = {
     "reweighing": lambda: [fair(mode="reweigh")],
     "worst group": lambda: [fair(mode="group_dro", step_size=0.5, rate_noise=0.6)],
     "clustering": lambda: [WeightClustering(clusters=4, start=0.25, end=0.75, every=2)],
+    "average of epochs": lambda: [averaging()],
+    "moving average": lambda: [EMAWeightAveraging(decay=0.5)],
     "low rank": lambda: [LowRankFactorization(rank=2)],
     "own copy": lambda: [KnowledgeDistillation(start=0.25)],
     "private teacher": lambda: [KnowledgeDistillation(taught(), features=["net.0"])],
@@ -127,7 +133,7 @@ FORMS = {
 }
 FIRST = (
     "magnitude", "movement scores", "noisy ranges", "parity", "reweighing", "worst group", "trades", "counterfactuals",
-    "pruned and quantised", "all",
+    "pruned and quantised", "average of epochs", "all",
 )  # fmt: skip
 every_form = pytest.mark.parametrize(
     "form", [form if form in FIRST else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
@@ -210,7 +216,7 @@ def moved(form, path, make=FORMS):
 
 @every_form
 def test_no_example_moves_a_release_by_more_than_is_paid_for(form, tmp_path):
-    asked = {query.name: query for guard in FORMS[form]() for query in guard.queries()}
+    asked = {query.name: query for guard in FORMS[form]() if isinstance(guard, Guard) for query in guard.queries()}
     paths = [None] if form == "low rank" else [halfway(FORMS[form](), tmp_path)]  # a plain class does not load it
     if any(query.once for query in asked.values()):
         paths.append(None)
@@ -254,7 +260,7 @@ def outcome(form, change, blinded, make=FORMS):
 
     class Looking(pl.Callback):
         def on_train_end(self, trainer, module):
-            states.append(str([guard.state() for guard in guards]))
+            states.append(str([guard.state() for guard in guards if isinstance(guard, Guard)]))
 
     with pytest.MonkeyPatch.context() as patch:
         if blinded:
@@ -632,6 +638,68 @@ def test_an_average_of_private_weights_is_private_and_pruned():
     assert dp.plan.epsilon(8) == dp.plan.epsilon()
     weights = [p for p in averaged.parameters() if p.dim() == 2]
     assert sum(int((p == 0).sum()) for p in weights) == round(0.7 * sum(p.numel() for p in weights))
+
+
+class Beginnings(pl.Callback):
+    """The weights that each epoch begins with, and the last."""
+
+    def __init__(self):
+        self.seen, self.last = [], []
+
+    def on_train_epoch_start(self, trainer, module):
+        self.seen.append([p.detach().clone() for p in module.parameters()])
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.last = [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("others", [list, lambda: [pruning()]])
+def test_an_average_of_the_epochs_is_of_private_weights_and_costs_nothing(others):
+    looking, dp, plain = Beginnings(), private(), private()
+    averaged = fit([dp, looking, averaging(), *others()], Quiet, max_epochs=6)
+    wanted = [torch.stack(parts).mean(0) for parts in zip(*looking.seen[2:], strict=True)]  # from the third epoch on
+    if not others():  # a pruned average is masked at the end
+        for found, mean in zip(averaged.parameters(), wanted, strict=True):
+            torch.testing.assert_close(found, mean)
+    else:
+        weights = [p for p in averaged.parameters() if p.dim() == 2]
+        assert sum(int((p == 0).sum()) for p in weights) == round(0.7 * sum(p.numel() for p in weights))
+    assert not torch.equal(next(averaged.parameters()), looking.last[0])
+    fit([plain, *others()], Quiet, max_epochs=6)
+    assert dp.plan == plain.plan
+    assert dp.plan.steps == dp.state()["steps"] == 24
+    assert dp.notes()[1] == plain.notes()[1]  # the epsilon that was spent
+    assert any("A probe replaced" in note for note in dp.notes())
+
+
+def test_an_average_of_the_epochs_resumes_to_the_bit(tmp_path):
+    def run(name, epochs, path=None):
+        kept = pl.callbacks.ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
+        dp, looking = private(), Beginnings()
+        net = fit([dp, averaging(), looking, kept], Quiet, data(), max_epochs=epochs, enable_checkpointing=True,
+                  ckpt_path=path)  # fmt: skip
+        return net, dp, looking
+
+    whole, dp, looking = run("whole", 6)
+    for epoch in (0, 3):  # before the average has begun, and after
+        resumed, again, later = run(f"from {epoch}", 6, tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert again.state() == dp.state()
+        assert all(torch.equal(a, b) for a, b in zip(later.last, looking.last, strict=True)), epoch
+        assert same(resumed, whole), epoch
+
+
+def test_an_average_that_the_budget_would_cut_off_is_refused():
+    with pytest.raises(GuardConflict, match="puts its average in place only after the last epoch"):
+        fit([private(target_epsilon=60.0), averaging()], Quiet, max_epochs=40)
+
+
+def test_an_average_that_takes_statistics_anew_is_refused_and_a_moving_one_is_not():
+    with pytest.raises(GuardConflict, match=r"forgets the statistics of net\.1, a BatchNorm"):
+        fit([private(), averaging()], Body, data(), max_epochs=4)
+    frozen = fit([private(), EMAWeightAveraging(decay=0.5)], Body, data(), max_epochs=4).net[1]
+    assert torch.equal(frozen.running_mean, torch.full_like(frozen.running_mean, 0.1))
+    with pytest.raises(GuardConflict, match="it copies the model before the guard rewrites it"):
+        fit([private(replace_batch_norm="group"), averaging()], lambda: Quiet(norm=True), data(), max_epochs=4)
 
 
 class Body(Quiet):

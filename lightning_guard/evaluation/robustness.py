@@ -11,10 +11,16 @@ from torch import Tensor
 from lightning_guard.evaluation.autoattack import refusal
 from lightning_guard.evaluation.base import Bars, Curve, Evidence, Figure, spread, wilson
 from lightning_guard.evaluation.pictures import attacked_images
+from lightning_guard.evaluation.robust_groups import robust_groups, under_attack
 from lightning_guard.evaluation.siege import Siege, Tier
 from lightning_guard.evaluation.subject import Subject, column, predicted
 from lightning_guard.functional import ThreatModel, pgd
 from lightning_guard.functional.attacks.objectives import log_odds
+
+UNDER_ATTACK = {
+    f"robustness/{name}" for name in ("accuracy", "worst_class", "worst_group", "accuracy_gap", "demographic_parity")
+}
+"""The figures that are only as good as the attacks."""
 
 _MOST_BARS = 20
 _MOST_SHARED = 500  # examples that other models may be judged by
@@ -22,6 +28,9 @@ _MOST_SHARED = 500  # examples that other models may be judged by
 
 class Robustness:
     """Measures accuracy under attack at ``eps``, over a range of radii and over steps, and says when to doubt it.
+
+    Where examples have groups, also of the worst group, and the gaps between groups when all examples are attacked:
+    in accuracy, and in decisions (demographic parity), with intervals as of the fairness axis.
 
     An example counts only if the model gets it right as it is and at every point to which any attack takes it. Cheap
     attacks come first, and only what still stands is attacked further. Every point is checked to lie within the threat
@@ -56,6 +65,7 @@ class Robustness:
         curve: further radii, as multiples of ``eps``. Unless there are none, the largest is then doubled until nothing
             is left.
         seed: of whatever is drawn.
+        min_support: groups of fewer attacked examples take no part in the worst group and in gaps.
 
     | case                                 | result                                                          |
     |--------------------------------------|-----------------------------------------------------------------|
@@ -67,6 +77,7 @@ class Robustness:
     | a gradient that is zero or NaN       | no step there; a doubt, BPDA and Square if more than a tenth are |
     | a model that draws numbers           | right means right in each of 10 passes; a doubt                 |
     | probabilities instead of logits      | their logarithm is attacked; a doubt                            |
+    | no groups                            | no worst group and no gaps                                      |
     | more than 20 classes or groups       | bars for the 20 worst, and a note                               |
 
     Raises:
@@ -111,6 +122,7 @@ class Robustness:
         examples: int = 1000,
         curve: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5),
         seed: int = 0,
+        min_support: int = 30,
     ):
         if eps == 0:
             raise ValueError("eps=0 attacks nothing; give a positive radius, or None to take it from a guard")
@@ -119,13 +131,15 @@ class Robustness:
         for option, value, least in (("steps", steps, 1), ("restarts", restarts, 0), ("examples", examples, 1)):
             if value < least:
                 raise ValueError(f"{option}={value} makes no attack; give at least {least}")
+        if min_support < 1:
+            raise ValueError(f"min_support={min_support} is no number of examples; give at least 1")
         if not all(0 < multiple < float("inf") for multiple in curve):
             raise ValueError(f"curve={curve} must hold positive multiples of eps; 0 is there anyway")
         self.eps, self.norm, self.attack, self.steps, self.restarts = eps, norm, attack, steps, restarts
         self.bounds, self.mean, self.std, self.mutable, self.immutable = bounds, mean, std, mutable, immutable
         self.unit, self.per, self.one_hot, self.switches, self.integer = unit, per, one_hot, switches, integer
         self.increasing, self.decreasing = increasing, decreasing
-        self.examples, self.curve, self.seed = examples, tuple(curve), seed
+        self.examples, self.curve, self.seed, self.min_support = examples, tuple(curve), seed, min_support
         self._threat()  # refuses what describes no threat
 
     def with_threat(self, threat: ThreatModel) -> "Robustness":
@@ -152,6 +166,10 @@ class Robustness:
                 return Evidence(notes=[batches])
             siege = Siege(subject, batches, threat, self.attack, self.steps, self.restarts, self.curve, self.seed)
             evidence = self._figures(siege) | self._curves(siege) | _bars(subject, siege)
+            evidence |= self._groups(subject, siege)
+            for figure in UNDER_ATTACK & evidence.figures.keys():
+                if misled := siege.signs.sentences():
+                    evidence.doubts[figure] = [*misled, *evidence.doubts.get(figure, ())]
             evidence |= attacked_images(subject, siege)
             evidence.tensors |= self._shared(siege)
         return evidence
@@ -208,8 +226,22 @@ class Robustness:
                 *(f"Accuracy under attack is doubtful. {doubt}" for doubt in doubts),
             ],
             intervals={"robustness/accuracy": robust, "robustness/clean_accuracy": clean},
-            doubts={"robustness/accuracy": doubts} if doubts else {},
         )
+
+    def _groups(self, subject: Subject, siege: Siege) -> Evidence:
+        """How differently attacks hurt groups."""
+        kin = [family._replace(group=family.group[: siege.signs.seen]) for family in subject.families()]
+        clean = subject.outputs.logits[: siege.signs.seen]
+        attacked = clean.clone()
+        if clean.dim() > 1:  # with one logit whatever is not right is the other class
+            for chunk in siege.chunks:
+                fell = (chunk.clean & ~chunk.standing).nonzero()[:, 0]
+                if len(fell):
+                    attacked[chunk.start + fell.cpu()] = siege.victim(chunk.moved[fell]).to(clean)
+        y, right = (torch.cat([getattr(chunk, part) for chunk in siege.chunks]).cpu() for part in ("y", "clean"))
+        before, after = under_attack(clean, y, right), under_attack(attacked, y, siege.standing().cpu())
+        classes = 2 if clean.dim() == 1 else clean.shape[1]
+        return robust_groups(kin, y, before, after, classes, self.min_support, seed=self.seed)
 
     def _curves(self, siege: Siege) -> Evidence:
         signs, threat = siege.signs, siege.threat

@@ -20,6 +20,7 @@ from lightning_guard.report.agreement import with_agreement
 from lightning_guard.report.assembly import assembled
 from lightning_guard.report.beside import references as beside
 from lightning_guard.report.beside import swept_fairness
+from lightning_guard.report.combined import told as combined_told
 from lightning_guard.report.composed import collected
 from lightning_guard.report.described import described
 from lightning_guard.report.frames import Comparison
@@ -31,6 +32,7 @@ from lightning_guard.report.kept import finish, keep_arms
 from lightning_guard.report.matched import matched
 from lightning_guard.report.paired import changes
 from lightning_guard.report.processes import carry_out
+from lightning_guard.report.rehearsed import Build, Rehearsable, joined, refusals
 from lightning_guard.report.runs import Arm, ArmRun, Parts, card, describe, plain_text, sources_of
 from lightning_guard.report.transfer import transferred
 from lightning_guard.report.turned import with_flips
@@ -49,6 +51,7 @@ def compare(
     accept: Mapping[str, Any] | None = None,
     resplit: bool = False,
     lira: int = 0,
+    combine: str = "",
 ) -> dict[str, Any]:
     """Train every arm on the same seeds, initial weights and data order, and write what each gained and cost.
 
@@ -73,6 +76,9 @@ def compare(
         lira: train so many models of every arm on random halves of the training rows too, even and at least 6, and
             attack them by offline LiRA, see :func:`lightning_guard.report.lira.reference_attack`. What was found is
             under ``lira``; 0 is none.
+        combine: also train combinations of the arms after the baseline: ``pairs``, ``triples``, ``all``, or e.g.
+            ``pairs,all``; ``pairs:private`` for those with the arm ``private`` in it. Every arm is rehearsed before;
+            a combination that is refused is not trained, and the report gives its reasons under ``combinations``.
 
     Returns:
         The content of ``report.json``; ``report.html``, ``report.md`` and ``metrics.csv`` lie beside it.
@@ -80,16 +86,21 @@ def compare(
     Example::
 
         compare(Net, Data, {"none": [], "pruned": [MagnitudePruning(0.9)]}, trainer={"max_epochs": 5}, seeds=3)
+
+    Raises:
+        ValueError: for arms, seeds, references or combinations that there are not.
+        GuardConflict: for an arm that is refused and is no combination.
     """
     options = dict(trainer or {})
 
-    def building(own: Sequence[pl.Callback]) -> Callable[[list[pl.Callback]], Parts]:
-        def build(callbacks: list[pl.Callback]) -> Parts:
+    def building(own: Sequence[pl.Callback]) -> Build:
+        def build(callbacks: Sequence[pl.Callback], without: tuple[type, ...], changed: Mapping[str, Any]) -> Parts:
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             # Copies: what an EarlyStopping remembers of one run must not stop the next.
             added = [*copy.deepcopy([*own, *(options.get("callbacks") or ())]), *callbacks]
+            added = [one for one in added if not isinstance(one, without)]
             return (
-                pl.Trainer(**{**quiet, "enable_model_summary": False, **options, "callbacks": added}),
+                pl.Trainer(**{**quiet, "enable_model_summary": False, **options, **changed, "callbacks": added}),
                 module(),
                 data(),
             )
@@ -97,6 +108,13 @@ def compare(
         return build
 
     own, given = told_apart(arms)
+    made_of: dict[str, tuple[str, ...]] = {}
+    combinations = None
+    if combine:
+        own, made_of = joined(own, combine, list(given))
+        refused = refusals({name: Rehearsable(building(one), options) for name, one in own.items()}, made_of)
+        combinations = combined_told(list(own), made_of, refused)
+        own = {name: callbacks for name, callbacks in own.items() if name not in refused}
     described = {
         name: describe(callbacks) + (given[name].marks if name in given else []) for name, callbacks in own.items()
     }
@@ -110,7 +128,7 @@ def compare(
     ]
     compare_arms(
         [
-            Arm(name, building(callbacks), {}, plain_text([common, described[name]]), given=given.get(name))
+            Arm(name, _lone(building(callbacks)), {}, plain_text([common, described[name]]), given=given.get(name))
             for name, callbacks in own.items()
         ],
         range(seeds) if isinstance(seeds, int) else seeds,
@@ -118,11 +136,16 @@ def compare(
         folder,
         title,
         references=references,
-        accept={name: accept or {} for name in list(arms)[1:]},
+        accept={name: accept or {} for name in list(own)[1:]},
+        combinations=combinations,
         resplit=resplit,
         lira=lira,
     )
     return Comparison(load_report(folder))
+
+
+def _lone(build: Build) -> Callable[[list[pl.Callback]], Parts]:
+    return lambda callbacks: build(callbacks, (), {})
 
 
 def compare_arms(

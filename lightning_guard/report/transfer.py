@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_guard.evaluation import Subject
+from lightning_guard.evaluation.robustness import UNDER_ATTACK
 from lightning_guard.evaluation.subject import predicted
 from lightning_guard.report.again import kept_tensors, rebuilt
 from lightning_guard.report.runs import ArmRun, batch_of
@@ -118,7 +119,8 @@ def _tell(name: str, others: Mapping[str, float], run: ArmRun, found: Mapping[st
             f"Inputs attacked on {worst} leave {others[worst]:.1%} right, attacks on the model itself {own:.1%}: its "
             "gradients mislead the attack."
         )
-        result["doubts"].setdefault("robustness/accuracy", []).append(said)
+        for figure in UNDER_ATTACK & result["figures"].keys():
+            result["doubts"].setdefault(figure, []).append(said)
         result["notes"].append(f"Accuracy under attack is doubtful. {said}")
 
 

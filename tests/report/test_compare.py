@@ -13,9 +13,15 @@ import pytorch_lightning as pl
 import torch
 
 import lightning_guard as lg
-from lightning_guard.callbacks import AdversarialTraining, FairnessRegularization, MagnitudePruning
+from lightning_guard.callbacks import (
+    AdversarialTraining,
+    FairnessRegularization,
+    MagnitudePruning,
+    QuantizationAwareTraining,
+    WeightClustering,
+)
 from lightning_guard.evaluation import Efficiency, Fairness, Robustness, Task
-from lightning_guard.guard import Guard, Phase
+from lightning_guard.guard import Guard, GuardConflict, Phase
 from tests.toys import Data, Net, PlainNet
 
 TRAINER = {"max_epochs": 2, "accelerator": "cpu"}
@@ -192,3 +198,36 @@ def test_callbacks_of_the_trainer_are_fresh_in_every_run(tmp_path):
 
     options = {"max_epochs": 1, "limit_train_batches": 1, "callbacks": [Remembering()]}
     lg.compare(PlainNet, Data, {"none": [], "pruned": [MagnitudePruning(0.5)]}, options, 2, [Efficiency()], tmp_path)
+
+
+def test_combinations_are_trained_and_the_refused_are_told(tmp_path):
+    own = {
+        "none": [],
+        "small": [MagnitudePruning(0.7, every=1)],
+        "shared": [WeightClustering(4, every=1)],
+        "rounded": [QuantizationAwareTraining()],
+    }
+    options = {"seeds": 1, "evaluators": [Task()], "folder": tmp_path}
+    report = lg.compare(PlainNet, Data, own, TRAINER, combine="pairs,all", **options)
+    trained = ["none", "small", "shared", "rounded", "small+shared", "small+rounded"]
+    assert [arm["name"] for arm in report["arms"]] == [run["arm"] for run in report["runs"]] == trained
+    told = report["combinations"]
+    assert told["parts"] == ["small", "shared", "rounded"]
+    assert [arm["arm"] for arm in told["arms"]] == ["small+shared", "small+rounded"]
+    refused = {"+".join(entry["parts"]): entry["reasons"] for entry in told["refused"]}
+    assert refused.keys() == {"shared+rounded", "small+shared+rounded"}
+    assert all("part again" in reasons[0] for reasons in refused.values())
+    both = next(arm for arm in report["arms"] if arm["name"] == "small+rounded")
+    assert {guard["name"] for guard in both["guards"]} == {"magnitude_pruning", "quantization"}
+    assert (tmp_path / "combinations.csv").exists()
+    for kinds, message in (
+        ("fours", "combine: 'fours' is no way to combine; give pairs, triples or all"),
+        ("pairs:none", "combine: 'pairs:none' names no arm with safeguards; there are small"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lg.compare(PlainNet, Data, own, TRAINER, combine=kinds, **options)
+    with pytest.raises(ValueError, match="combine: old is a model that is not trained here"):
+        lg.compare(PlainNet, Data, {**own, "old": lambda seed: PlainNet()}, TRAINER, combine="pairs", **options)
+    alone = {"none": [], "a": [WeightClustering(4), QuantizationAwareTraining()], "b": [MagnitudePruning(0.5)]}
+    with pytest.raises(GuardConflict, match="part again"):
+        lg.compare(PlainNet, Data, alone, TRAINER, combine="pairs", **options)
