@@ -193,6 +193,7 @@ class DPSGD(Guard):
             yield "GradientAccumulationScheduler changes the batch size, which the plan fixes; use batch_size"
         if not module.automatic_optimization and (trainer.accumulate_grad_batches > 1 or self.max_physical_batch_size):
             yield "accumulated batches need automatic optimisation; set accumulate_grad_batches=1 and no physical limit"
+        averaging = _averages(trainer)
         if not self.replace_batch_norm:
             for name, layer in module.named_modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
@@ -200,10 +201,20 @@ class DPSGD(Guard):
                         f"{name} is a BatchNorm, which mixes examples and remembers them; set "
                         "replace_batch_norm='group', or freeze it with .eval() and statistics that are public"
                     )
+                elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and averaging:
+                    yield (
+                        f"StochasticWeightAveraging forgets the statistics of {name}, a BatchNorm, and takes those of "
+                        "one more pass over the data, without noise; average with WeightAveraging, or have no BatchNorm"
+                    )
         if self.target_epsilon is None and self.noise_multiplier is None:
             yield "nothing says how private; give target_epsilon, or noise_multiplier and a length of training"
         elif run.endless and (self.target_epsilon is None or self.noise_multiplier is None):
             yield "training has no end, so the noise cannot be planned; set max_epochs or max_steps on the Trainer"
+
+    def overrides(self, transform: str) -> bool:
+        if transform == "rewrite" and type(self).rewrite is DPSGD.rewrite:
+            return self.replace_batch_norm is not None and not self.off
+        return super().overrides(transform)
 
     def rewrite(self, module: pl.LightningModule) -> None:
         if self.replace_batch_norm and not self.off:
@@ -272,7 +283,7 @@ class DPSGD(Guard):
         steps = None if trainer.max_epochs in (None, -1) else trainer.max_epochs * steps_per_epoch
         if trainer.max_steps != -1:
             steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
-        return PrivacyPlan.solve(
+        plan = PrivacyPlan.solve(
             units, size, steps_per_epoch, self.delta, self.max_grad_norm,
             target_epsilon=self.target_epsilon, noise_multiplier=self.noise_multiplier, steps=steps,
             clipping=self.clipping, sampling=self.sampling, unit="example" if self.users is None else "user",
@@ -282,6 +293,12 @@ class DPSGD(Guard):
             once_noise=noise_of_all(q.noise for q in self._asked.values() if q.once),
             before=self._brought(units),
         )  # fmt: skip
+        if _averages(trainer) and steps is not None and plan.steps < steps:
+            raise ValueError(
+                f"the budget pays for {plan.steps} of {steps} steps, and StochasticWeightAveraging puts its average in "
+                "place only after the last epoch of max_epochs; give fewer epochs or more noise"
+            )
+        return plan
 
     def _brought(self, units: int) -> list[Segment]:
         """What earlier trainings have released whose results other guards bring in."""
@@ -609,6 +626,11 @@ _trained: "WeakKeyDictionary[pl.LightningModule, Ledger]" = WeakKeyDictionary()
 
 def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def _averages(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer has Lightning's StochasticWeightAveraging."""
+    return any("StochasticWeightAveraging" in {c.__name__ for c in type(one).__mro__} for one in callbacks_of(trainer))
 
 
 def _batch_hooks(run: Run) -> list[Callable[[Any], Any]]:

@@ -7,12 +7,14 @@ from functools import cache
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
+from onnx import numpy_helper
 from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,6 +31,7 @@ from lightning_guard.callbacks import (
     RandomizedSmoothing,
     WeightClustering,
 )
+from lightning_guard.export import export
 from lightning_guard.functional import cubic_sparsity, score_masks
 from lightning_guard.functional.fairness import Census
 from lightning_guard.functional.privacy import Draws, Findings, Noise, NoisySum, Queries
@@ -499,6 +502,34 @@ def test_ranges_are_told_by_noisy_counts_and_paid_for(tmp_path):
     with fake_quantized(net, guard.activation_ranges, bits=None), torch.no_grad():
         rounded = net(x)
     assert float((rounded.argmax(1) == net(x).argmax(1)).float().mean()) > 0.95
+
+
+def test_a_file_in_int8_has_the_noisy_ranges_and_reads_those_of_outputs_alone_off_the_rows_it_is_given(tmp_path):
+    guard, dp = quantization(range_noise=5.0), DPSGD(delta=1e-5, noise_multiplier=0.8, test_seed=1)
+    net = fit([dp, guard], Line, DataLoader(unequal(), 200), max_epochs=4)
+    ranges, (x, y, group) = guard.activation_ranges, unequal().tensors
+    done = export(net, tmp_path / "net.onnx", DataLoader(unequal(), 200), "onnx-int8", ranges=ranges)
+    file = done.load()
+    with fake_quantized(net, ranges, bits=None), torch.no_grad():
+        rounded = net(x)  # inputs are rounded to these ranges; weights are since training ended
+    with torch.no_grad():
+        plain = net(x)
+    assert done.agreement.flips < 0.01
+    for logits in (rounded, plain):
+        assert float((file(x).argmax(1) == logits.argmax(1)).float().mean()) > 0.99
+    assert done.agreement.file_accuracy > float(y.bincount().max()) / len(y) + 0.1
+    part = DataLoader(TensorDataset(x[:600], y[:600], group[:600]), 200)  # other rows to read ranges from
+    options = {"format": "onnx-int8", "tolerance": 0.05}
+    stated = ranges | {"linear": (-10.0, 10.0), "logits": (-10.0, 10.0)}  # of outputs, which no query has told
+
+    def numbers(name, rows, ranges):
+        made = export(net, tmp_path / name, rows, ranges=ranges, **options)
+        return {one.name: numpy_helper.to_array(one).tolist() for one in onnx.load(made.path).graph.initializer}
+
+    told, other = numbers("a", DataLoader(unequal(), 200), ranges), numbers("b", part, ranges)
+    read = {name for name, value in told.items() if other[name] != value}
+    assert read == {f"{name}_{what}" for name in ("linear", "logits") for what in ("scale", "zero_point")}
+    assert numbers("c", DataLoader(unequal(), 200), stated) == numbers("d", part, stated)
 
 
 @pytest.mark.parametrize(
