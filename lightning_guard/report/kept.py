@@ -22,7 +22,7 @@ def keep_arms(arms: Sequence[Arm], place: Path) -> None:
         folder.mkdir(parents=True)
         write(folder / "config.yaml", arm.config)
         about = {"name": arm.name, "recipes": dict(arm.recipes), "sweep": arm.sweep, "trained": arm.given is None}
-        write(folder / "arm.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
+        write(folder / "arm.json", json.dumps(about, indent=1) + "\n")  # recipes in the order of the report
         for name, text in arm.texts.items():
             write(folder / f"recipe-{slug_of(name)}.yaml", text)
 

@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 
 
 def stated(recipe, *more):
-    arms = ["--arm", "none", "--arm", f"small={recipe}", "--seeds", "2", "--evaluate.privacy", "null"]
+    arms = ["--arm", "none", "--arm", f"small=pruning+{recipe}", "--seeds", "2", "--evaluate.privacy", "null"]
     return ["compare", "--config", "demo/adult", *arms, *SHORT, *more]
 
 
