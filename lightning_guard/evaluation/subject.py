@@ -231,6 +231,8 @@ def part_of(step: Step, name: str) -> Tensor | str:
     try:
         if batch.find(step.batch, name) is None:
             return f"the batches have no {name}; if they do, say where with Batch({name}=...)"
+        if name == "group" and batch.find(step.batch, "group") == batch.find(step.batch, "target"):
+            return "each class is a group of its own, and rates of a class within it say nothing; see task/worst_class"
         part = getattr(step, name)
     except (KeyError, GuardConflict) as error:
         if getattr(batch, name) is not None:

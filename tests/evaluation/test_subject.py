@@ -211,3 +211,11 @@ def test_wilson_intervals_are_where_the_score_test_turns(k, n):
 def test_intervals_of_nothing_and_as_text():
     assert wilson(0, 0) == (0.0, 1.0)
     assert spread((0.0, 0.12345)) == "0.0% to 12.3%"
+
+
+def test_classes_as_groups_are_no_groups_to_compare():
+    data = [(torch.randn(8, 3), torch.arange(8) % 3)]
+    subject = Subject(torch.nn.Identity(), data, Batch(target=1, group=1))
+    assert subject.outputs.group is None
+    assert "task/worst_class" in subject.outputs.lacking["group"]
+    assert subject.outputs.target is not None
