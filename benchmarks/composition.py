@@ -55,7 +55,7 @@ SMALL = {
     "int8": guard("quantization", "QuantizationAwareTraining", bits=8, activation_bits=8, start=0.5, end=0.85),
 }
 
-EACH_CLASS = {"class_path": "lightning_guard.Batch", "init_args": {"target": 1, "group": 1}}
+EACH_CLASS = {"target": 1, "group": 1}
 
 
 BESIDE: dict[str, dict[tuple[str, str], dict[str, Any]]] = {

@@ -46,16 +46,14 @@ _VERBS = {
   --arm ARM              none, or recipes as RECIPE+RECIPE, or NAME=RECIPE+RECIPE; the first is the baseline;
                          NAME=model.ckpt is judged without training, {seed} in it stands for the seed
   --sweep KEY=V,V        an arm for each value: guards.fairness.max_gap=0.02,0.05,0.1; several sweeps multiply
-  --combine WHAT,WHAT    an arm for each combination of those given: pairs, triples, all; pairs:ARM of those with it.
-                         An arm named as one, such as private+fair, is it. What is refused is told, not trained
+  --combine WHAT,WHAT    an arm for each combination of those given: pairs, triples, all; pairs:ARM of those with it
   --reference NAME,NAME  beside a sweep of fairness, fairlearn's threshold_optimizer, exponentiated_gradient
   --seeds N              runs of every arm (3)
   --out FOLDER           where report and runs go; finished runs are found there and kept (comparison)
   --title TEXT           of the report
   --workers N            processes that share the runs (1)
   --resplit              split train and validation by seed, where the data module has `split_seed`
-  --lira N               also train N models of every arm on random halves of the rows, even and at least 6, and ask
-                         them by offline LiRA who was in the training data (none)
+  --lira N               also train N models of every arm on halves of the rows, and attack them by offline LiRA
   --inconclusive WHAT    whether gates (`accept:` in a file) that cannot be decided fail or pass (fail)
   --publishable          write public/ too: the report without pictures of data, and what publishing would leak
   --runs FOLDER FOLDER   instead of training: folders of finished comparisons, or of `fit` with its checkpoint
